@@ -1,0 +1,75 @@
+"""What does the host tell the ops about the call that is running?
+
+The constants of a site are in the graph. What changes from call to call (is this layer dense at this
+step, which frame grid, which carried centroids) is decided on the host just before the compiled graph
+runs, and lies here, per thread, until it returns. Without a context an op runs sparse and carries nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass
+class SiteTotals:
+    """Sums over the sparse calls of one site, kept on the device: reading them is the report's business.
+
+    exact: query-key pairs of video tokens computed exactly; executed: the same with the padding of tiles;
+    pairs: all query-key pairs of video tokens.
+    """
+
+    exact: Tensor | None = None
+    executed: Tensor | None = None
+    pairs: int = 0
+
+    def add(self, exact: Tensor, executed: Tensor, pairs: int) -> None:
+        """Adds one call: two 0-d float64 tensors and a plain count."""
+        self.exact = exact if self.exact is None else self.exact + exact
+        self.executed = executed if self.executed is None else self.executed + executed
+        self.pairs += pairs
+
+
+@dataclass
+class Call:
+    """One call of one compiled graph.
+
+    dense: the reason for each site that runs dense in this call; absent means sparse.
+    grid: (frames, height, width) in tokens, when only the arguments of this call show it.
+    carried: per site, the centroids that k-means left last time for this layer, branch and model.
+    mask_ids: sites with one number here share one mask tensor in this call, so it is read once.
+    noop_masks: per such number, whether the mask hides nothing (then it is dropped).
+    """
+
+    dense: dict[int, str] = field(default_factory=dict)
+    grid: tuple[int, int, int] | None = None
+    carried: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    mask_ids: dict[int, int] = field(default_factory=dict)
+    noop_masks: dict[int, bool] = field(default_factory=dict)
+    counters: Counter[str] = field(default_factory=Counter)
+    totals: dict[int, SiteTotals] = field(default_factory=dict)
+    strict: bool = False
+
+
+_thread = threading.local()
+
+
+def current() -> Call:
+    """The context of the running call; a fresh, empty one outside of any."""
+    return getattr(_thread, "call", None) or Call()
+
+
+@contextmanager
+def active(call: Call) -> Iterator[None]:
+    """Makes `call` the context of this thread inside the with block."""
+    before = getattr(_thread, "call", None)
+    _thread.call = call
+    try:
+        yield
+    finally:
+        _thread.call = before

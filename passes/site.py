@@ -1,0 +1,121 @@
+"""What is known and decided about one attention call: values that can be printed.
+
+A decision is never a bare False: a Verdict names its Reason, and each Reason is one sentence for people
+and a hint about what to do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch.fx
+
+
+class Reason(Enum):
+    """Why a site is rewritten or stays dense: (sentence, hint)."""
+
+    REWRITTEN = ("self attention over video tokens", "")
+    CROSS = ("cross attention: queries and keys come from different tokens", "")
+    TOO_FEW_TOKENS = ("too few tokens for sparsity to pay", "lower min_tokens to rewrite it all the same")
+    NO_SIGN_OF_VIDEO = (
+        "nothing in the graph says that these tokens are video",
+        "name the module in sites= if they are",
+    )
+    MASK = ("its attention mask is not a key-padding mask", "")
+    MASK_FLOAT = ("its attention mask is a float bias", "")
+    DROPOUT = ("attention dropout is on", "call model.eval()")
+    CAUSAL = ("causal attention", "")
+    GRAD = ("gradients are wanted", "call the model under torch.no_grad() or torch.inference_mode()")
+    HEAD_DIM = ("head_dim is not supported", "supported: 16 to 256, the same for query, key and value")
+    DTYPE = ("dtype is not supported", "supported: float32, float16, bfloat16, the same for query, key and value")
+    GQA = ("grouped-query attention", "")
+    RANK = ("query, key and value are not [batch, heads, tokens, head_dim]", "")
+    FORCED_BACKEND = (
+        "the script forces an SDPA backend around it",
+        "remove torch.nn.attention.sdpa_kernel, or the attention backend set on the model",
+    )
+    UNKNOWN_SHAPE = ("its shapes are not known at compile time", "")
+    REPORT_ONLY = ("SVG_EAR=report: nothing is rewritten", "set SVG_EAR=1")
+    OUR_FAILURE = ("the rewrite failed; this is a bug of svg-ear-compile", "please report it with the warning's text")
+
+    @property
+    def sentence(self) -> str:
+        return self.value[0]
+
+    @property
+    def hint(self) -> str:
+        return self.value[1]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The decision about one site."""
+
+    rewrite: bool
+    reason: Reason
+    detail: str = ""
+    """What this site's own figures add to the sentence, e.g. '512 of at least 8192 tokens'."""
+
+    def __str__(self) -> str:
+        return self.reason.sentence + (f" ({self.detail})" if self.detail else "")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where text and video tokens lie, and the frame grid.
+
+    num_text and grid hold ints, or graph nodes that give them when shapes are dynamic; grid is (frames,
+    height, width) in tokens, or None when it is not in the graph. sources say in words where each was read.
+    """
+
+    num_text: int | torch.fx.Node = 0
+    text_first: bool = False
+    grid: tuple[Any, Any, Any] | None = None
+    text_source: str = "video only"
+    grid_source: str = "unknown"
+
+
+@dataclass
+class Site:
+    """One scaled_dot_product_attention call of one graph.
+
+    q_len and k_len are ints, or strings of the symbolic expression under dynamic shapes (q_hint, k_hint are
+    then the values seen at compile time). parameter is the placeholder of the query projection's weight:
+    the Parameter it receives tells one layer from another in a graph that many layers share.
+    """
+
+    index: int
+    node: torch.fx.Node
+    module_path: str
+    module_class: str
+    kind: str
+    """'self', 'joint', 'cross' or 'unknown'."""
+    batch: int
+    heads: int
+    head_dim: int
+    q_len: int | str
+    k_len: int | str
+    q_hint: int
+    k_hint: int
+    dtype: str
+    mask: str
+    """'none', 'key padding [B,1,1,S] bool', ...: the mask in words."""
+    verdict: Verdict
+    layout: Layout
+    parameter: torch.fx.Node | None = None
+
+
+@dataclass(frozen=True)
+class GraphInputs:
+    """Which positions of the compiled callable's arguments the host looks at before a call.
+
+    timestep: whole-model graphs; temb: the timestep embedding of graphs of single blocks; rotary: tables
+    over token positions; parameters: per rewritten site's index, the query projection's weight.
+    """
+
+    timestep: int | None
+    temb: int | None
+    rotary: tuple[int, ...]
+    parameters: dict[int, int]
