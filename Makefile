@@ -1,0 +1,34 @@
+# make demo: watch it work. make test: lint, types and tests. Both set up .venv first; python3 is all they need.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint types gpu clean
+
+demo: .venv/ready
+	$(BIN)/svg-ear demo $(ARGS)
+
+test: lint types
+	$(BIN)/pytest -n 2 $(ARGS)
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# The sources of passes/ and kernels/ lie beside the package they belong to: mypy gets the tree as installed.
+types: .venv/ready
+	@rm -rf .types && mkdir -p .types/svg_ear_compile
+	@ln -s $(CURDIR)/svg_ear_compile/* $(CURDIR)/passes $(CURDIR)/kernels .types/svg_ear_compile/
+	MYPYPATH=.types $(BIN)/mypy -p svg_ear_compile
+
+# On a machine with a GPU, in an environment that has torch, triton and diffusers.
+gpu:
+	$(PYTHON) -m pytest -q tests/gpu $(ARGS)
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt torch setuptools
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv .types .mypy_cache .ruff_cache .pytest_cache build *.egg-info outputs
