@@ -28,9 +28,19 @@ from svg_ear_compile.tiny_wan import (
 
 REFERENCE_FRAMES = 16  # speeds are "per 16 frames", so that clips of any length move alike
 COLOUR_VALUES = (
-    (0.90, 0.12, 0.12), (0.10, 0.72, 0.20), (0.15, 0.30, 0.95), (0.97, 0.85, 0.10), (0.62, 0.15, 0.80), (0.97, 0.97, 0.97),
-)  # fmt: skip
+    (0.90, 0.12, 0.12),
+    (0.10, 0.72, 0.20),
+    (0.15, 0.30, 0.95),
+    (0.97, 0.85, 0.10),
+    (0.62, 0.15, 0.80),
+    (0.97, 0.97, 0.97),
+)
 PAN_VECTORS = ((-1.0, 0.0), (1.0, 0.0), (0.0, -1.0), (0.0, 1.0))
+
+
+def _resize(photos: Tensor, size: int) -> Tensor:
+    """[N, 3, H, W] -> [N, 3, size, size], anti-aliased."""
+    return F.interpolate(photos, (size, size), mode="bilinear", antialias=True, align_corners=False)
 
 
 def load_photos(size: int = 256) -> Tensor:
@@ -38,7 +48,12 @@ def load_photos(size: int = 256) -> Tensor:
     import skimage.data
     from sklearn.datasets import load_sample_image
 
-    pictures = [skimage.data.coffee(), skimage.data.chelsea(), skimage.data.rocket(), skimage.data.astronaut()]
+    pictures = [
+        skimage.data.coffee(),
+        skimage.data.chelsea(),
+        skimage.data.rocket(),
+        skimage.data.astronaut(),
+    ]
     pictures += [load_sample_image("china.jpg"), load_sample_image("flower.jpg")]
     photos = []
     for picture in pictures:
@@ -47,14 +62,16 @@ def load_photos(size: int = 256) -> Tensor:
         side = min(height, width)
         top, left = (height - side) // 2, (width - side) // 2
         photo = photo[..., top : top + side, left : left + side]
-        photos.append(F.interpolate(photo, (size, size), mode="bilinear", antialias=True, align_corners=False))
+        photos.append(
+            F.interpolate(photo, (size, size), mode="bilinear", antialias=True, align_corners=False)
+        )
     return torch.cat(photos)
 
 
 def shape_distances(x: Tensor, y: Tensor, shape: Tensor) -> Tensor:
     """About the signed distance to the outline of each clip's shape, negative inside.
 
-    x, y: [B, F, H, W], the shape's own coordinates (its outline lies within the unit disc); shape: [B] index into
+    x, y: [B, F, H, W], the shape's own coordinates (it fits about the unit disc); shape: [B], an index into
     SHAPES. Returns [B, F, H, W].
     """
     radius, angle = torch.hypot(x, y), torch.atan2(x, -y)
@@ -63,7 +80,7 @@ def shape_distances(x: Tensor, y: Tensor, shape: Tensor) -> Tensor:
         "disc": radius - 0.85,
         "square": torch.maximum(ax, ay) - 0.75,
         "triangle": torch.maximum(0.866 * ax - 0.5 * y, y) - 0.5,
-        "star": (radius - 0.68 - 0.28 * torch.cos(5 * angle)) * 0.7,
+        "star": (radius - 0.68 - 0.26 * torch.cos(5 * angle)) * 0.7,
         "ring": (radius - 0.68).abs() - 0.24,
         "cross": torch.minimum(torch.maximum(ax - 0.95, ay - 0.3), torch.maximum(ax - 0.3, ay - 0.95)),
     }
@@ -116,20 +133,17 @@ class Scenes:
             shape, colour = choice(len(SHAPES)), choice(len(COLOURS))
             texture, direction = choice(len(TEXTURES)), choice(len(DIRECTIONS))
             visible = ~alone if k else torch.ones_like(alone)
-            size, growth = uniform(0.30, 0.48), uniform(-0.3, 0.3)
+            size, growth = uniform(0.34, 0.52), uniform(-0.3, 0.3)
             angle, spin = uniform(0, 2 * math.pi), uniform(-2.5, 2.5)
             reach, speed = uniform(0, 0.4), uniform(0.7, 1.4)
             around = uniform(0, 2 * math.pi)
             middle = torch.stack([around.cos(), around.sin()], 1) * reach[:, None]  # where it is at time 0
             centre = middle[:, None] + (speed[:, None] * self.directions[direction])[:, None] * time[:, None]
-            layers.append(
-                self._object(shape, colour, texture, visible, centre,
-                             size[:, None] * (1 + growth[:, None] * time), angle[:, None] + spin[:, None] * time, x, y)
-            )  # fmt: skip
-            for index, (word, slot) in enumerate(zip((shape, colour, texture, direction), range(4), strict=True)):
-                ids = word + slot_offset(2 + 4 * k + slot)
-                caption.append(torch.where(visible, ids, torch.full_like(ids, NONE)))
-                assert index == slot
+            sizes = size[:, None] * (1 + growth[:, None] * time)
+            angles = angle[:, None] + spin[:, None] * time
+            layers.append(self._object(shape, colour, texture, visible, centre, sizes, angles, x, y))
+            for word in (shape, colour, texture, direction):
+                caption.append(torch.where(visible, word + slot_offset(len(caption)), NONE))
         for paint, alpha in reversed(layers):  # the first object is the nearest
             clip = torch.lerp(clip, paint, alpha)
         return clip.clamp(-1, 1), torch.stack(caption, 1)
@@ -143,7 +157,8 @@ class Scenes:
         background [B] photo; pan [B, 2] unit vector; zoom [B] half width of the window, travel [B] way of its
         centre in REFERENCE_FRAMES (photo coordinates in [-1, 1]); offset [B, 2] in [-1, 1] where it starts.
         """
-        count, frames, height, width = len(background), len(time), *x.shape
+        count, frames = len(background), len(time)
+        height, width = x.shape
         moving = pan.abs() * travel[:, None] / 2  # room that the motion takes, per axis
         centre = offset * (1 - zoom[:, None] - moving)
         centre = centre[:, None] + (pan * travel[:, None])[:, None] * time[:, None]  # [B, F, 2]
@@ -158,9 +173,7 @@ class Scenes:
         """The photographs at the scale where one pixel of a window is about one pixel of the photograph."""
         size = min(self.photos.shape[-1], round(pixels / 0.6))
         if size not in self._photos_at:
-            self._photos_at[size] = F.interpolate(
-                self.photos, (size, size), mode="bilinear", antialias=True, align_corners=False
-            )
+            self._photos_at[size] = _resize(self.photos, size)
         return self._photos_at[size]
 
     def _object(

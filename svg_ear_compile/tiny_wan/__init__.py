@@ -53,12 +53,12 @@ def slot_offset(slot: int) -> int:
 def _word(ids: Sequence[int], slot: int) -> str:
     words, index = SLOT_WORDS[slot], int(ids[slot]) - slot_offset(slot)
     if not 0 <= index < len(words):
-        raise ValueError(f"caption position {slot} holds id {int(ids[slot])}, which stands for none of {words}")
+        raise ValueError(f"caption position {slot} holds id {int(ids[slot])}, not one of {words}")
     return words[index]
 
 
 def sentence(ids: Sequence[int] | Tensor) -> str:
-    """Caption ids, [CAPTION_LENGTH], as an English sentence that `parse` reads back; "" for the empty caption."""
+    """Caption ids [CAPTION_LENGTH] as an English sentence that `parse` reads; "" for the empty caption."""
     ids = [int(i) for i in ids]
     if tuple(ids) == NULL_CAPTION:
         return ""
@@ -67,15 +67,15 @@ def sentence(ids: Sequence[int] | Tensor) -> str:
         if ids[slot] != NONE:
             shape, colour, texture, direction = (_word(ids, slot + i) for i in range(4))
             objects.append(f"a {texture} {colour} {shape} moving {direction}")
-    return f"{' in front of '.join(objects)}, over a photo of a {_word(ids, 0)} panning {_word(ids, 1)}"
+    return f"{' in front of '.join(objects)}, over the {_word(ids, 0)} photo panning {_word(ids, 1)}"
 
 
 def parse(text: str) -> tuple[int, ...]:
     """Caption ids of a sentence such as "a striped red star moving left in front of a blue ring moving up,
-    over a photo of a cat panning right".
+    over the cat photo panning right".
 
-    Words left out get a default (red, plain, moving right, over a coffee panning left); an object without a
-    shape and more than MAX_OBJECTS objects raise.
+    Words left out get a default (red, plain, moving right, over the coffee photo panning left); an object
+    without a shape and more than MAX_OBJECTS objects raise.
     """
     if not text.strip():
         return NULL_CAPTION
@@ -134,7 +134,7 @@ def load_model(
 
 @torch.no_grad()
 def sample(
-    model: torch.nn.Module,
+    model: WanTransformer3DModel,
     noise: Tensor,
     ids: Tensor,
     *,
@@ -145,13 +145,13 @@ def sample(
 ) -> Tensor:
     """Integrates the flow from noise to clips by Euler steps with classifier-free guidance.
 
-    noise: [B, 3, F, H, W] standard normal, any float dtype; ids: [B, CAPTION_LENGTH]. Each step calls the model
-    twice (with the caption, then with the empty one; once if guidance is 1), in the model's dtype; the clip
-    itself stays fp32. `on_step(i)` is called after step i. Returns [B, 3, F, H, W] fp32 in [0, 1].
+    noise: [B, 3, F, H, W] standard normal, any float dtype; ids: [B, CAPTION_LENGTH]. Each step calls the
+    model twice (with the caption, then with the empty one; once if guidance is 1), in the model's dtype; the
+    clip itself stays fp32. `on_step(i)` is called after step i. Returns [B, 3, F, H, W] fp32 in [0, 1].
     """
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    dtype = next(model.parameters()).dtype
+    dtype = model.patch_embedding.weight.dtype  # diffusers keeps some other parameters in fp32
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     scheduler.set_timesteps(steps, device=noise.device)
     ids = ids.to(noise.device)
