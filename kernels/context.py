@@ -44,6 +44,9 @@ class Call:
     carried: per site, the centroids that k-means left last time for this layer, branch and model.
     mask_ids: sites with one number here share one mask tensor in this call, so it is read once.
     noop_masks: per such number, whether the mask hides nothing (then it is dropped).
+    counters: fallbacks by reason. totals: areas per site. warned: (site, kind of error) already warned about.
+    strict: raise instead of running dense after an error.
+    carried, counters, totals and warned may be shared by many calls; the rest is this call's own.
     """
 
     dense: dict[int, str] = field(default_factory=dict)
@@ -53,6 +56,7 @@ class Call:
     noop_masks: dict[int, bool] = field(default_factory=dict)
     counters: Counter[str] = field(default_factory=Counter)
     totals: dict[int, SiteTotals] = field(default_factory=dict)
+    warned: set[tuple[int, str]] = field(default_factory=set)
     strict: bool = False
 
 
@@ -62,6 +66,11 @@ _thread = threading.local()
 def current() -> Call:
     """The context of the running call; a fresh, empty one outside of any."""
     return getattr(_thread, "call", None) or Call()
+
+
+def inside() -> bool:
+    """Whether this thread runs inside a call, so that its ops can tell each other something."""
+    return getattr(_thread, "call", None) is not None
 
 
 @contextmanager

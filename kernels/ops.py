@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -26,10 +27,11 @@ from torch import Tensor
 
 from . import attention as cpu_kernels
 from . import cluster, context, permute, probe, route
-from .plan import Plan, block_counts, empty_plan
+from .plan import KEY_BLOCK, QUERY_BLOCK, Plan, block_counts, empty_plan
 
 # Decisions and carried centroids are read in Python at every call: a CUDA graph must not record one call's
-# choice, so graphs are cut around the ops.
+# choice, so graphs are cut around the ops. Strides: the kernels read any, so Inductor has only to keep their
+# order, and need not copy what it laid out differently from eager (exact strides are a custom op's default).
 _TAGS = (torch.Tag.cudagraph_unsafe, torch.Tag.needs_fixed_stride_order)
 
 
@@ -56,6 +58,8 @@ class SiteConstants(NamedTuple):
     site: int
 
 
+_T = TypeVar("_T")
+
 _QKV = "Tensor query, Tensor key, Tensor value, Tensor? attn_mask"
 _CONSTANTS = (
     "float? scale, SymInt num_text, bool text_first, SymInt[] grid, str order, str routing, "
@@ -74,15 +78,18 @@ def like_output(query: Tensor) -> Tensor:
     return query.new_empty((B, L, H, D)).transpose(1, 2)
 
 
-def dense_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, scale: float | None) -> Tensor:
+def dense_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, scale: float | None
+) -> Tensor:
     """softmax(query key^T * scale + mask) value, by the call that the model itself made."""
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, scale=scale)
-    wanted = like_output(query)
-    return out if out.stride() == wanted.stride() else wanted.copy_(out)
+    _, H, L, D = query.shape
+    # Some of its implementations answer in the layout of the query.
+    return out if out.stride() == (H * L * D, D, H * D, 1) else like_output(query).copy_(out)
 
 
 def _drop_noop_mask(attn_mask: Tensor | None, site: int) -> Tensor | None:
-    """None where the mask hides nothing. Reads one bool from the device, once per mask and call of a graph."""
+    """None where the mask hides nothing. Reads one bool from the device, once per mask and call."""
     if attn_mask is None:
         return None
     call = context.current()
@@ -109,18 +116,28 @@ def make_plan(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | Non
         grid = None
     carried = call.carried.get(c.site, (None, None))
     arrange = (c.num_text, c.text_first, c.order, grid, c.seed)
-    queries, query_state = cluster.make_blocks(query, None, (vq, tq), carried[0], *arrange)
-    keys, key_state = cluster.make_blocks(key, valid, (vk, tk), carried[1], *arrange)
+    queries, query_state = cluster.make_blocks(query, None, (vq, tq), QUERY_BLOCK, carried[0], *arrange)
+    keys, key_state = cluster.make_blocks(key, valid, (vk, tk), KEY_BLOCK, carried[1], *arrange)
     if query_state is not None and key_state is not None:
         call.carried[c.site] = (query_state, key_state)
 
-    key_p, value_p = (permute.gather(x, keys.order, keys.offsets) for x in (key, value))
+    masked_from = None if valid is None else keys.offsets
+    key_p, value_p = (permute.gather(x, keys.order, masked_from) for x in (key, value))
     key_centroids, value_centroids = (permute.block_means(x, keys.offsets) for x in (key_p, value_p))
-    query_centroids = permute.block_means(permute.gather(query, queries.order, queries.offsets), queries.offsets)
+    query_p = permute.gather(query, queries.order, None)
+    query_centroids = permute.block_means(query_p, queries.offsets)
     query_sizes, key_sizes = queries.offsets.diff(dim=-1), keys.offsets.diff(dim=-1)
 
     scores = probe.probe(
-        query_centroids, key_p, value_p, keys.offsets, key_centroids, value_centroids, scale, c.routing
+        query_centroids,
+        key_p,
+        value_p,
+        keys.offsets,
+        key_centroids,
+        value_centroids,
+        scale,
+        c.routing,
+        largest_block=None if c.order == "kmeans" else KEY_BLOCK,
     )
     kept = route.route(scores, query_sizes, key_sizes, vq, vk, c.routing, c.density)
     bias = route.centroid_bias(scores, kept, key_sizes, c.routing, c.compensate)
@@ -134,7 +151,11 @@ def make_plan(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | Non
 
 
 def _kernels(query: Tensor) -> ModuleType:
-    """sparse_exact, centroid_compensation and attend for the query's device: Triton on CUDA, else PyTorch."""
+    """sparse_exact, centroid_compensation and attend for the query's device: Triton on CUDA, else PyTorch.
+
+    Their last argument, variable: whether blocks may be of any size (kmeans), which Triton cannot see from a
+    plan on the device.
+    """
     if query.is_cuda:
         from . import triton_attention
 
@@ -146,19 +167,44 @@ def _scale(query: Tensor, c: SiteConstants) -> float:
     return 1 / math.sqrt(query.shape[-1]) if c.scale is None else c.scale
 
 
-def _is_dense(c: SiteConstants) -> bool:
-    return c.site in context.current().dense
+def _unpack(plan_and_constants: tuple[Any, ...]) -> tuple[Plan, SiteConstants]:
+    n = len(Plan._fields)
+    return Plan(*plan_and_constants[:n]), SiteConstants(*plan_and_constants[n:])
 
 
-def _give_up(error: Exception, c: SiteConstants) -> None:
-    """Marks the site dense for the rest of this call, counts and warns; re-raises what must not be hidden."""
+def _sparse_or_dense(
+    query: Tensor, c: SiteConstants, sparse: Callable[[], _T], dense: Callable[[], _T], alone: bool = True
+) -> _T:
+    """sparse(), or dense() where this call wants it or sparse() fails.
+
+    A site that failed is dense for the rest of the call, counted, and warned about once per kind of error.
+    alone: dense() is right whatever the other ops of the site do; otherwise, outside of any call's context,
+    where they would not hear of it, the error is raised. Autocast is switched off: the fakes promise the
+    query's dtype, and what is float32 here must stay float32.
+    """
     call = context.current()
-    # After a CUDA error every further call fails too: falling back would only hide where it came from.
-    if call.strict or isinstance(error, torch.AcceleratorError):
-        raise error
-    call.dense[c.site] = f"failed: {type(error).__name__}"
-    call.counters[f"fallback: {type(error).__name__}"] += 1
-    warnings.warn(f"svg_ear: attention site {c.site} ran dense because of {error!r}", RuntimeWarning, stacklevel=2)
+    with torch.autocast(query.device.type, enabled=False):
+        if c.site not in call.dense:
+            try:
+                return sparse()
+            except Exception as error:
+                # After a CUDA error every further call fails too: falling back would only hide its origin.
+                if call.strict or isinstance(error, torch.AcceleratorError):
+                    raise
+                if not (alone or context.inside()):
+                    raise
+                _record_failure(call, c.site, error)
+        return dense()
+
+
+def _record_failure(call: context.Call, site: int, error: Exception) -> None:
+    kind = type(error).__name__
+    call.dense[site] = f"failed: {kind}"
+    call.counters[f"fallback: {kind}"] += 1
+    if (site, kind) not in call.warned:
+        call.warned.add((site, kind))
+        message = f"svg_ear: attention site {site} ran dense because of {error!r}"
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
 @torch.library.custom_op(
@@ -167,15 +213,16 @@ def _give_up(error: Exception, c: SiteConstants) -> None:
     schema=f"({_QKV}, {_CONSTANTS}) -> ({', '.join(['Tensor'] * len(Plan._fields))})",
     tags=_TAGS,
 )
-def clustered_permute(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, *constants: Any) -> Plan:
+def clustered_permute(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, *constants: Any
+) -> Plan:
     """The plan of one call (kernels/plan.py). In a dense call its tensors are uninitialised and unused."""
     c = SiteConstants(*constants)
-    if not _is_dense(c):
-        try:
-            return make_plan(query, key, value, _drop_noop_mask(attn_mask, c.site), c)
-        except Exception as error:  # noqa: BLE001 - whatever it was, dense attention is still right
-            _give_up(error, c)
-    return empty_plan(query, c.num_text, c.order)
+
+    def sparse() -> Plan:
+        return make_plan(query, key, value, _drop_noop_mask(attn_mask, c.site), c)
+
+    return _sparse_or_dense(query, c, sparse, lambda: empty_plan(query, c.num_text, c.order), alone=False)
 
 
 @clustered_permute.register_fake
@@ -195,18 +242,21 @@ def sparse_exact(
 ) -> tuple[Tensor, Tensor]:
     """Softmax over the kept key blocks alone: (out [B,H,L,D], lse [B,H,L] float32), in token order.
 
-    out_q = sum_{j kept} sum_{t in j} exp(s_t) v_t / exp(lse_q),  lse_q = log sum_{j kept} sum_{t in j} exp(s_t)
+    lse_q = log sum_{j kept} sum_{t in j} exp(s_t),  out_q = sum_{j kept} sum_{t in j} exp(s_t - lse_q) v_t
 
     A query with no kept block has out 0 and lse -inf. In a dense call: dense attention, and lse unspecified.
     """
     plan, c = _unpack(plan_and_constants)
-    if not _is_dense(c):
-        try:
-            return _kernels(query).sparse_exact(query, plan, _scale(query, c), like_output(query))
-        except Exception as error:  # noqa: BLE001
-            _give_up(error, c)
-    out = dense_attention(query, key, value, _drop_noop_mask(attn_mask, c.site), c.scale)
-    return out, query.new_empty(query.shape[:-1], dtype=torch.float32)
+
+    def sparse() -> tuple[Tensor, Tensor]:
+        out, variable = like_output(query), c.order == "kmeans"
+        return _kernels(query).sparse_exact(query, plan, _scale(query, c), out, variable)
+
+    def dense() -> tuple[Tensor, Tensor]:
+        out = dense_attention(query, key, value, _drop_noop_mask(attn_mask, c.site), c.scale)
+        return out, query.new_empty(query.shape[:-1], dtype=torch.float32)
+
+    return _sparse_or_dense(query, c, sparse, dense, alone=False)
 
 
 @sparse_exact.register_fake
@@ -224,11 +274,27 @@ def centroid_compensation(query: Tensor, out: Tensor, lse: Tensor, *plan_and_con
     """Adds the skipped blocks to an exact part: one joint softmax over kept tokens and centroids.
 
     With w_j = exp(s(q, kc_j) + bias_ij):  (exp(lse) out + sum_j w_j vc_j) / (exp(lse) + sum_j w_j)
+
+    In a dense call: a copy of out. Where it fails: dense attention over the plan's own keys, since the order
+    of keys does not matter.
     """
     plan, c = _unpack(plan_and_constants)
-    if _is_dense(c):
-        return like_output(query).copy_(out)
-    return _kernels(query).centroid_compensation(query, out, lse, plan, _scale(query, c), like_output(query))
+    out_is_dense = c.site in context.current().dense
+
+    def sparse() -> Tensor:
+        merged, variable = like_output(query), c.order == "kmeans"
+        return _kernels(query).centroid_compensation(
+            query, out, lse, plan, _scale(query, c), merged, variable
+        )
+
+    def dense() -> Tensor:
+        if out_is_dense:
+            return like_output(query).copy_(out)
+        slots = torch.arange(query.shape[2], device=query.device)
+        seen = (slots < plan.key_offsets[..., -1:])[:, :, None, :]
+        return dense_attention(query, plan.key, plan.value, seen, c.scale)
+
+    return _sparse_or_dense(query, c, sparse, dense)
 
 
 @centroid_compensation.register_fake
@@ -236,25 +302,19 @@ def _(query: Tensor, out: Tensor, lse: Tensor, *_: Any) -> Tensor:
     return like_output(query)
 
 
-def _unpack(plan_and_constants: tuple[Any, ...]) -> tuple[Plan, SiteConstants]:
-    n = len(Plan._fields)
-    return Plan(*plan_and_constants[:n]), SiteConstants(*plan_and_constants[n:])
-
-
 @torch.library.custom_op(
     "svg_ear::attention", mutates_args=(), schema=f"({_QKV}, {_CONSTANTS}) -> Tensor", tags=_TAGS
 )
 def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, *constants: Any) -> Tensor:
-    """clustered_permute, sparse_exact and centroid_compensation in one call; dense attention in a dense call."""
+    """The three ops in one call; dense attention in a dense call."""
     c = SiteConstants(*constants)
-    attn_mask = _drop_noop_mask(attn_mask, c.site)
-    if not _is_dense(c):
-        try:
-            plan = make_plan(query, key, value, attn_mask, c)
-            return _kernels(query).attend(query, plan, _scale(query, c), like_output(query))
-        except Exception as error:  # noqa: BLE001
-            _give_up(error, c)
-    return dense_attention(query, key, value, attn_mask, c.scale)
+    mask = _drop_noop_mask(attn_mask, c.site)
+
+    def sparse() -> Tensor:
+        plan = make_plan(query, key, value, mask, c)
+        return _kernels(query).attend(query, plan, _scale(query, c), like_output(query), c.order == "kmeans")
+
+    return _sparse_or_dense(query, c, sparse, lambda: dense_attention(query, key, value, mask, c.scale))
 
 
 @attention.register_fake

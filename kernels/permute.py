@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
-def gather(x: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
-    """x [B,H,L,D] in block order, contiguous; slots from offsets[..., -1] on (masked tokens) are zero."""
-    raise NotImplementedError
+def gather(x: Tensor, order: Tensor, offsets: Tensor | None) -> Tensor:
+    """x [B,H,L,D] in block order, contiguous: out[b,h,slot] = x[b,h,order[b,h,slot]].
+
+    order [B,H,L] int32, a permutation per head. Slots from offsets[b,h,-1] on (masked tokens) are zero,
+    whatever x holds there; offsets None: there are no such slots, and a pass over x is saved.
+    """
+    B, H, L, _ = x.shape
+    batch = torch.arange(B, device=x.device)[:, None, None]
+    head = torch.arange(H, device=x.device)[:, None]
+    out = x[batch, head, order].contiguous()
+    if offsets is None:
+        return out
+    slots = torch.arange(L, device=x.device)
+    return out.masked_fill_((slots >= offsets[..., -1:])[..., None], 0)
 
 
 def block_means(x: Tensor, offsets: Tensor) -> Tensor:
-    """Mean of each block of x [B,H,L,D] (in block order): [B,H,C,D] float32, 0 for an empty block."""
-    raise NotImplementedError
+    """Mean of each block of x [B,H,L,D] (in block order): [B,H,C,D] float32, 0 for an empty block.
+
+    offsets [B,H,C+1] int32. Each block is summed by itself, in order and in float32: the same bits every
+    time, on any device, and a NaN stays in its block. The sizes are never read on the host.
+    """
+    B, H, _, D = x.shape
+    rows, starts = x.float().flatten(0, 1), offsets.flatten(0, 1)
+    means = torch.segment_reduce(rows, "mean", offsets=starts, axis=1, initial=0, unsafe=True)
+    return means.view(B, H, -1, D)

@@ -4,7 +4,7 @@ Notation (docs/DESIGN.md): B batch, H heads, L tokens (video and text), D head_d
 Ck key blocks. Query block i holds the tokens query_order[query_offsets[i]:query_offsets[i+1]], key block j
 the tokens key_order[key_offsets[j]:key_offsets[j+1]]. For a query q of block i, with s(q,k) = q.k * scale:
 
-    num(q) = sum_{j kept} sum_{t in j} exp(s(q,k_t)) v_t + sum_{j: bias_ij > -inf} exp(s(q,kc_j) + bias_ij) vc_j
+    num(q) = sum_{j kept} sum_{t in j} exp(s(q,k_t)) v_t + sum_j exp(s(q,kc_j) + bias_ij) vc_j
     den(q) = the same sums without the values;   out(q) = num / den
 
 (arXiv 2603.08982, equation of the linear compensation branch; bias_ij = log n_j there, plus the Jensen gap
@@ -13,7 +13,6 @@ here where the routing asks for it.) bias is -inf where block j is kept for i, i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -56,7 +55,7 @@ class Plan(NamedTuple):
 
 
 def block_counts(length: int, num_text: int, order: str) -> tuple[tuple[int, int], tuple[int, int]]:
-    """((video, text) query blocks, (video, text) key blocks). Integer arithmetic only: lengths may be SymInts."""
+    """((video, text) query blocks, (video, text) key blocks). Integer arithmetic only: SymInts too."""
     video = length - num_text
     text = (-(-num_text // QUERY_BLOCK), -(-num_text // KEY_BLOCK))
     if order == "kmeans":

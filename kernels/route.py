@@ -1,10 +1,32 @@
-"""Which blocks are computed exactly? Spends a budget of query-key pairs where the error is largest."""
+"""Which blocks are computed exactly? Spends a budget of query-key pairs where the error is largest.
+
+Cost of a pair of blocks: its area |Q_i| n_j. Scores are per unit of cost (kernels/probe.py); the largest go
+first, among equals the lowest index. Text rows and columns are exact and outside of every budget; so is a
+block whose error is NaN, because nothing can be said about it.
+
+"output_error": one budget for a batch element, over all its heads and rows: density times all video pairs.
+Blocks are taken while they fit; the first that does not ends it, so the density is never exceeded.
+
+"svg_ear" (arXiv 2603.08982): a budget per row, the area that centroid top-p 0.9 would keep; the 5% of key
+blocks with the largest centroid mass first and in any case, then the others by error until the budget is
+spent, so the last may overshoot. A density scales all budgets of a batch element by one factor, the largest
+that does not exceed it; only the 5% may, when they alone are more.
+
+Areas are summed as integers: exactly, and in any order with the same result.
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from .plan import KEY_BLOCK, QUERY_BLOCK
 from .probe import Scores
+
+TOP_P = 0.9
+FLOOR_PERCENT = 5
+# Probabilities are summed as integers of this unit, see above.
+_UNIT = 2.0**40
 
 
 def route(
@@ -16,20 +38,140 @@ def route(
     routing: str,
     density: float | None,
 ) -> Tensor:
-    """kept [B,H,Cq,Ck] bool. Text rows and columns are always kept; empty key blocks never."""
-    raise NotImplementedError
+    """kept [B,H,Cq,Ck] bool. Text rows and columns are always kept; empty key blocks never.
+
+    query_sizes [B,H,Cq], key_sizes [B,H,Ck]: tokens per block. density: exact video query-key pairs over all
+    of them; None spends what top-p 0.9 would keep, in both routings.
+    """
+    video = (slice(None), slice(None), slice(video_query_blocks), slice(video_key_blocks))
+    rows, columns = query_sizes[:, :, :video_query_blocks].long(), key_sizes[:, :, :video_key_blocks]
+    error, mass = scores.error[video], scores.mass[video]
+    unknown = error.isnan()
+    # What a block costs its row: 0 where it is empty, or unknown and kept anyway.
+    cost = columns[:, :, None].masked_fill(unknown, 0)
+    error = error.masked_fill(unknown | (columns == 0)[:, :, None], -torch.inf)
+    mass = mass.masked_fill(unknown, -torch.inf)
+
+    if routing == "output_error":
+        if density is None:
+            budget = (_top_p_cost(mass, cost) * rows).sum(dim=(1, 2))
+        else:
+            budget = (_all_pairs(rows, columns) * density).long()
+        chosen = _one_budget(error, cost, rows, budget)
+    elif routing == "svg_ear":
+        pairs = None if density is None else _all_pairs(rows, columns) * density
+        chosen = _row_budgets(error, mass, cost, rows, (columns > 0).sum(-1), pairs)
+    else:
+        raise ValueError(f"unknown routing {routing!r}")
+
+    kept = (key_sizes > 0)[:, :, None].expand(scores.error.shape).clone()
+    kept[video] &= (chosen | unknown) & (rows > 0)[..., None]
+    return kept
+
+
+def _all_pairs(rows: Tensor, columns: Tensor) -> Tensor:
+    """All video query-key pairs of each batch element [B], float64."""
+    return (rows.sum(-1) * columns.sum(-1)).sum(-1).double()
+
+
+def _one_budget(error: Tensor, cost: Tensor, rows: Tensor, budget: Tensor) -> Tensor:
+    """The largest errors of each batch element while their areas fit into budget [B] int64; bool."""
+    rank = error.flatten(1).argsort(dim=-1, descending=True, stable=True)
+    spent = (cost * rows[..., None]).flatten(1).gather(-1, rank).cumsum(-1)
+    fits = spent <= budget[:, None]
+    return torch.empty_like(fits).scatter_(-1, rank, fits).view(error.shape)
+
+
+def _top_p(mass: Tensor) -> Tensor:
+    """The smallest set of blocks per row whose share of the centroid mass is at least TOP_P: bool."""
+    share, rank = mass.softmax(-1).nan_to_num(0).sort(dim=-1, descending=True, stable=True)
+    share = (share.double() * _UNIT).long()
+    chosen = share.cumsum(-1) - share < int(TOP_P * _UNIT)
+    return torch.empty_like(chosen).scatter_(-1, rank, chosen)
+
+
+def _top_p_cost(mass: Tensor, cost: Tensor) -> Tensor:
+    """Keys of those blocks [B,H,Cq] int64: the paper's budget, per query of the row."""
+    return torch.where(_top_p(mass), cost, 0).sum(-1)
+
+
+def _row_budgets(
+    error: Tensor, mass: Tensor, cost: Tensor, rows: Tensor, filled: Tensor, pairs: Tensor | None
+) -> Tensor:
+    """The paper's rule, row by row; bool. filled [B,H]: non-empty key blocks; pairs [B]: wanted, or None."""
+    budget = _top_p_cost(mass, cost)
+    floor = -(-filled * FLOOR_PERCENT // 100)[:, :, None, None]
+    rank = mass.argsort(dim=-1, descending=True, stable=True)
+    place = torch.arange(cost.shape[-1], device=cost.device).expand_as(rank)
+    always = torch.empty_like(rank).scatter_(-1, rank, place) < floor
+    first = torch.where(always, torch.inf, error.clamp(max=torch.finfo(error.dtype).max))
+    rank = first.argsort(dim=-1, descending=True, stable=True)
+    spent = cost.gather(-1, rank).cumsum(-1, dtype=torch.int32)
+    before = torch.nn.functional.pad(spent[..., :-1], (1, 0))
+    if pairs is not None:
+        budget = _scaled(budget, before, spent, rows, floor[..., 0], pairs)
+    chosen = (before < budget[..., None]) | (place < floor)
+    return torch.empty_like(chosen).scatter_(-1, rank, chosen)
+
+
+def _scaled(
+    budget: Tensor, before: Tensor, spent: Tensor, rows: Tensor, floor: Tensor, pairs: Tensor
+) -> Tensor:
+    """ceil(f * budget) with the largest factor f per batch element that keeps at most `pairs` pairs.
+
+    before, spent [B,H,Cq,Ck]: keys of a row before and after its k-th choice, so a row with the budget x
+    takes its first |{before < x}| blocks. Bisection on f in a fixed number of steps, each a search per row.
+    Rows of equal budgets take their next block at the same f: what is left is given to the first of them.
+    """
+
+    def area(budget: Tensor) -> Tensor:
+        number = torch.searchsorted(before, budget[..., None]).maximum(floor[..., None])
+        keys = spent.gather(-1, (number - 1).clamp(min=0)).masked_fill(number == 0, 0).squeeze(-1)
+        return (keys * rows).flatten(1)
+
+    # Nothing needs a factor beyond this: every row that holds a key has a budget of at least one.
+    high = spent[..., -1].amax(dim=(1, 2)).double() + 1
+    low = torch.zeros_like(high)
+    for _ in range(40):
+        middle = (low + high) / 2
+        fits = area(_times(budget, middle)).sum(-1) <= pairs
+        low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
+    less, more = _times(budget, low), _times(budget, high)
+    taken = area(less)
+    fits = (area(more) - taken).cumsum(-1) <= (pairs - taken.sum(-1))[:, None]
+    return torch.where(fits.view(less.shape), more, less)
+
+
+def _times(budget: Tensor, factor: Tensor) -> Tensor:
+    """ceil(factor * budget), int32, for the factors [B] of the batch elements."""
+    return (budget * factor[:, None, None]).ceil().clamp(max=2**31 - 1).to(torch.int32)
 
 
 def centroid_bias(scores: Scores, kept: Tensor, key_sizes: Tensor, routing: str, compensate: bool) -> Tensor:
-    """bias [B,H,Cq,Ck] float32 of Plan."""
-    raise NotImplementedError
+    """bias [B,H,Cq,Ck] float32 of Plan for skipped blocks: log n_j, plus the Jensen gap ("output_error")."""
+    if not compensate:
+        return torch.full_like(scores.gap, -torch.inf)
+    bias = key_sizes.float().log()[:, :, None]
+    if routing == "output_error":
+        bias = bias + scores.gap
+    # log 0 = -inf: an empty block has no say either way.
+    return torch.where(kept, -torch.inf, bias.expand(kept.shape))
 
 
 def kept_lists(kept: Tensor) -> tuple[Tensor, Tensor]:
     """(kept_count [B,H,Cq], kept_blocks [B,H,Cq,Ck]) of Plan, int32, contiguous."""
-    raise NotImplementedError
+    blocks = (~kept).to(torch.uint8).argsort(dim=-1, stable=True)
+    return kept.sum(-1, dtype=torch.int32), blocks.to(torch.int32)
 
 
 def areas(kept: Tensor, query_sizes: Tensor, key_sizes: Tensor) -> tuple[Tensor, Tensor]:
     """(exact, executed) query-key pairs of the kept blocks, 0-d float64; executed counts tile padding."""
-    raise NotImplementedError
+
+    def area(queries: Tensor, keys: Tensor) -> Tensor:
+        per_query = torch.where(kept, keys.int()[:, :, None], 0).sum(-1)
+        return (per_query * queries).sum().double()
+
+    def padded(sizes: Tensor, tile: int) -> Tensor:
+        return (sizes + tile - 1) // tile * tile
+
+    return area(query_sizes, key_sizes), area(padded(query_sizes, QUERY_BLOCK), padded(key_sizes, KEY_BLOCK))

@@ -1,0 +1,43 @@
+"""Which tile sizes does each GPU get? Pinned, so that a GPU always runs the same code."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Config(NamedTuple):
+    """block_m queries x block_n kept keys (two such tiles at once with pair) or block_c centroids per step.
+
+    tma: tiles come by the tensor memory accelerator (sm_90 on) instead of by pointers.
+    """
+
+    block_m: int
+    block_n: int
+    block_c: int
+    num_warps: int
+    num_stages: int
+    centroid_stages: int
+    pair: bool = False
+    tma: bool = False
+
+
+def config_for(capability: tuple[int, int], head_dim: int, dtype: torch.dtype, variable: bool) -> Config:
+    """The configuration of a GPU (compute capability; (0, 0) is Triton's interpreter)."""
+    if capability == (0, 0):
+        return Config(64, 64, 64, 4, 1, 1)
+    if dtype == torch.float32:
+        stages = 2 if head_dim <= 128 else 1
+        return Config(32, 32, 32, 4, stages, stages)
+    if capability[0] in (9, 10):
+        if head_dim > 128:
+            return Config(64, 64, 64, 8, 2, 2, tma=True)
+        if capability[0] == 9 and head_dim > 64 and not variable:
+            return Config(128, 64, 128, 8, 3, 2, pair=True, tma=True)
+        return Config(128, 64, 64, 8, 3, 3, pair=not variable, tma=True)
+    if head_dim > 128:
+        return Config(64, 32, 32, 8, 2, 2)
+    if head_dim > 64:
+        return Config(64, 64, 64, 4, 2, 2) if capability >= (12, 0) else Config(128, 64, 32, 8, 2, 2)
+    return Config(128, 64, 64, 8, 2, 2)
