@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
 
-import torch.fx
+from torch import fx
+
+from .sizes import Extent, length_hint
 
 
 class Reason(Enum):
@@ -29,7 +30,7 @@ class Reason(Enum):
     CAUSAL = ("causal attention", "")
     GRAD = ("gradients are wanted", "call the model under torch.no_grad() or torch.inference_mode()")
     HEAD_DIM = ("head_dim is not supported", "supported: 16 to 256, the same for query, key and value")
-    DTYPE = ("dtype is not supported", "supported: float32, float16, bfloat16, the same for query, key and value")
+    DTYPE = ("dtype is not supported", "supported: float32, float16 and bfloat16, one for all")
     GQA = ("grouped-query attention", "")
     RANK = ("query, key and value are not [batch, heads, tokens, head_dim]", "")
     FORCED_BACKEND = (
@@ -37,8 +38,16 @@ class Reason(Enum):
         "remove torch.nn.attention.sdpa_kernel, or the attention backend set on the model",
     )
     UNKNOWN_SHAPE = ("its shapes are not known at compile time", "")
+    UNKNOWN_TOKENS = (
+        "the graph does not show where its tokens come from",
+        "name the module in sites= if it is self attention over video",
+    )
+    FACTORISED = ("attention within single frames, or along one dimension of the video", "")
+    TEXT = ("its tokens are text or conditioning, not video", "")
+    SPLIT_TEXT = ("text or conditioning tokens lie on both sides of the video tokens, or among them", "")
+    SCALE = ("its scale is computed in the graph", "")
     REPORT_ONLY = ("SVG_EAR=report: nothing is rewritten", "set SVG_EAR=1")
-    OUR_FAILURE = ("the rewrite failed; this is a bug of svg-ear-compile", "please report it with the warning's text")
+    OUR_FAILURE = ("the rewrite failed; this is a bug of svg-ear-compile", "please report the warning")
 
     @property
     def sentence(self) -> str:
@@ -66,15 +75,25 @@ class Verdict:
 class Layout:
     """Where text and video tokens lie, and the frame grid.
 
-    num_text and grid hold ints, or graph nodes that give them when shapes are dynamic; grid is (frames,
-    height, width) in tokens, or None when it is not in the graph. sources say in words where each was read.
+    num_text and grid hold ints, or Extents (sizes.py) when shapes are dynamic; grid is (frames, height,
+    width) in tokens, or None when it is not in the graph. sources say in words where each was read.
     """
 
-    num_text: int | torch.fx.Node = 0
+    num_text: int | Extent = 0
     text_first: bool = False
-    grid: tuple[Any, Any, Any] | None = None
+    grid: tuple[int | Extent, int | Extent, int | Extent] | None = None
     text_source: str = "video only"
     grid_source: str = "unknown"
+
+    @property
+    def text_hint(self) -> int:
+        """num_text, with today's sizes under dynamic shapes."""
+        return length_hint(self.num_text)
+
+    @property
+    def grid_hint(self) -> tuple[int, ...] | None:
+        """The grid, with today's sizes under dynamic shapes."""
+        return None if self.grid is None else tuple(map(length_hint, self.grid))
 
 
 @dataclass
@@ -87,7 +106,7 @@ class Site:
     """
 
     index: int
-    node: torch.fx.Node
+    node: fx.Node
     module_path: str
     module_class: str
     kind: str
@@ -104,7 +123,7 @@ class Site:
     """'none', 'key padding [B,1,1,S] bool', ...: the mask in words."""
     verdict: Verdict
     layout: Layout
-    parameter: torch.fx.Node | None = None
+    parameter: fx.Node | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,40 @@
+"""svg-ear-compile: a torch.compile backend that rewrites the attention of video diffusion transformers.
+
+    model = torch.compile(model, backend="svg_ear")
+    ...
+    print(svg_ear_compile.report())
+
+This module is imported by every `import torch` (activation.py), so it imports nothing itself.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .backend import svg_ear
+    from .reports import Report, report
+    from .schedule import generation
+    from .settings import Settings, SettingsError
+
+__all__ = ["Report", "Settings", "SettingsError", "generation", "report", "svg_ear"]
+
+_HOMES = {
+    "Report": "reports",
+    "Settings": "settings",
+    "SettingsError": "settings",
+    "generation": "schedule",
+    "report": "reports",
+    "svg_ear": "backend",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("svg-ear-compile")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

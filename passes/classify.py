@@ -1,0 +1,167 @@
+"""Is an attention call rewritten, or why does it stay dense? One Site with a Verdict for each.
+
+Self attention is recognised by where its tokens come from: query, key and value must run over the same
+tokens (axes.py). Equal lengths prove nothing. What the kernels cannot do keeps a site dense, and so does
+missing evidence: no sign of video, unless the sequence is very long or the user names the module.
+
+`sites=` holds patterns of module paths (fnmatch; `*` also matches dots). A graph of a single block knows
+only the end of the path ('attn1' for 'blocks.7.attn1'): there a pattern's last components are compared,
+as many as the path has. A named module needs no sign of video, and min_tokens is its only threshold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Protocol
+
+import torch
+from torch import fx
+
+from .axes import Axes, Axis, axis_size
+from .axis_rules import trace_axes
+from .layout import read_layout, video_parts
+from .masks import read_mask
+from .match import Call, match
+from .projections import query_parameter
+from .signs import NOT_VIDEO, sign_of_video
+from .site import Layout, Reason, Site, Verdict
+from .sizes import example, hint, shape, shown
+
+# Without a sign of video: longer than usual sequences of image models (Flux at 1,024 pixels: 4,608
+# tokens; the VAE there: 16,384 at head_dim 512, which is not supported anyway).
+UNSIGNED_MIN_TOKENS = 16_384
+HEAD_DIMS = range(16, 257)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Thresholds(Protocol):
+    """What classify reads of the settings."""
+
+    @property
+    def min_tokens(self) -> int: ...
+    @property
+    def sites(self) -> tuple[str, ...]: ...
+
+
+def classify(gm: fx.GraphModule, settings: Thresholds, example_inputs: Sequence[object] = ()) -> list[Site]:
+    """One Site per SDPA call of a Dynamo graph, in order. Reads the graph only, and installs no guards.
+
+    example_inputs: the arguments that Dynamo hands to a backend; values of rotary tables among them are read.
+    """
+    axes = trace_axes(gm.graph)
+    return [_site(i, call, axes, settings, example_inputs) for i, call in enumerate(match(gm.graph).calls)]
+
+
+def named(path: str, patterns: Sequence[str]) -> bool:
+    """Whether one of the patterns of `sites=` names a module path."""
+    count = len(path.split("."))
+    return any(fnmatchcase(path, p) or fnmatchcase(path, ".".join(p.split(".")[-count:])) for p in patterns)
+
+
+def _site(index: int, call: Call, axes: Axes, settings: Thresholds, example_inputs: Sequence[object]) -> Site:
+    q, k, v = (axes.of.get(n) for n in (call.query, call.key, call.value))
+    mask, bad_mask = read_mask(call)
+    if q is None or k is None or v is None or not len(q) == len(k) == len(v) == 4:
+        shapes = [shape(n) for n in (call.query, call.key, call.value)]
+        refusal = Verdict(False, Reason.UNKNOWN_SHAPE if None in shapes else Reason.RANK)
+        return _make(index, call, "unknown", mask, refusal, Layout())
+    kind = _kind(q[2], k[2], v[2])
+    layout = read_layout(axes, q[2])
+    is_text = kind == "self" and (not video_parts(q[2]) or NOT_VIDEO.search(call.module_path) is not None)
+    if is_text and not named(call.module_path, settings.sites):
+        return _make(index, call, kind, mask, Verdict(False, Reason.TEXT), Layout())
+    reason, detail = _obstacle(call, kind, bad_mask, mask)
+    if reason is None and layout is None:
+        reason = Reason.SPLIT_TEXT
+    verdict = Verdict(False, reason, detail) if reason else None
+    if verdict is None and layout is not None:
+        verdict = _evidence(call, q[2], kind, layout, settings, example_inputs)
+    assert verdict is not None
+    return _make(index, call, kind, mask, verdict, layout or Layout())
+
+
+def _kind(query: Axis, key: Axis, value: Axis) -> str:
+    """'self', 'joint' (self attention over video and other tokens), 'cross' or 'unknown'."""
+    atoms = [atom for axis in (query, key, value) for part in axis for atom in part]
+    if query != key or key != value:
+        lost = any(atom.guess for atom in atoms) and axis_size(query) == axis_size(key)
+        return "unknown" if lost else "cross"
+    if all(atom.root is None for atom in atoms):
+        return "unknown"
+    return "joint" if len(query) > 1 else "self"
+
+
+def _obstacle(call: Call, kind: str, bad_mask: Reason | None, mask: str) -> tuple[Reason | None, str]:
+    """The first thing that the kernels cannot do, whatever the tokens are."""
+    query, key, value, out = (example(n) for n in (call.query, call.key, call.value, call.node))
+    head_dims = [hint(x.shape[3]) for x in (query, key, value)]
+    heads = [hint(x.shape[1]) for x in (query, key, value)]
+    dtypes = [x.dtype for x in (query, key, value)]
+    names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+    autocast = out.dtype in DTYPES and all(d in DTYPES for d in dtypes)
+    checks = [
+        (kind == "cross", Reason.CROSS, ""),
+        (call.is_causal is not False, Reason.CAUSAL, ""),
+        (
+            call.enable_gqa is not False or len(set(heads)) > 1,
+            Reason.GQA,
+            f"{heads[0]} heads over {heads[1]}",
+        ),
+        (out.requires_grad, Reason.GRAD, ""),
+        (bool(call.forced_backend), Reason.FORCED_BACKEND, call.forced_backend),
+        (call.dropout_p != 0, Reason.DROPOUT, f"p = {call.dropout_p}"),
+        (call.scale is not None and not isinstance(call.scale, (int, float)), Reason.SCALE, ""),
+        (not autocast or len({x.device for x in (query, key, value)}) > 1, Reason.DTYPE, names),
+        (len(set(head_dims)) > 1 or head_dims[0] not in HEAD_DIMS, Reason.HEAD_DIM, f"{head_dims[0]}"),
+        (bad_mask is not None, bad_mask, mask),
+    ]
+    return next(((reason, detail) for found, reason, detail in checks if found), (None, ""))
+
+
+def _evidence(
+    call: Call, axis: Axis, kind: str, layout: Layout, settings: Thresholds, example_inputs: Sequence[object]
+) -> Verdict:
+    """Whether the tokens are video, and enough of them."""
+    tokens = (hint(example(call.query).shape[2]) or 0) - layout.text_hint
+    is_named = named(call.module_path, settings.sites)
+    if kind == "unknown" and not is_named:
+        return Verdict(False, Reason.UNKNOWN_TOKENS)
+    sign = (
+        f"named in sites=: {call.module_path}"
+        if is_named
+        else sign_of_video(call, axis, example_inputs, tokens)
+    )
+    least = settings.min_tokens if sign else max(UNSIGNED_MIN_TOKENS, settings.min_tokens)
+    if tokens >= least:
+        return Verdict(True, Reason.REWRITTEN, sign or f"{tokens} tokens")
+    if sign:
+        return Verdict(False, Reason.TOO_FEW_TOKENS, f"{tokens} of at least {least}")
+    if is_factorised(axis):
+        return Verdict(False, Reason.FACTORISED, f"{tokens} tokens")
+    return Verdict(False, Reason.NO_SIGN_OF_VIDEO, f"{tokens} tokens; without a sign at least {least}")
+
+
+def _make(index: int, call: Call, kind: str, mask: str, verdict: Verdict, layout: Layout) -> Site:
+    query, key = example(call.query), example(call.key)
+    sizes = [*query.shape] if query is not None and query.dim() == 4 else [0, 0, 0, 0]
+    k_len = key.shape[-2] if key is not None and key.dim() >= 2 else 0
+    return Site(
+        index=index,
+        node=call.node,
+        module_path=call.module_path,
+        module_class=call.module_classes[-1].rpartition(".")[2] if call.module_classes else "",
+        kind=kind,
+        batch=hint(sizes[0]) or 0,
+        heads=hint(sizes[1]) or 0,
+        head_dim=hint(sizes[3]) or 0,
+        q_len=shown(sizes[2]),
+        k_len=shown(k_len),
+        q_hint=hint(sizes[2]) or 0,
+        k_hint=hint(k_len) or 0,
+        dtype=str(query.dtype).removeprefix("torch.") if query is not None else "unknown",
+        mask=mask,
+        verdict=verdict,
+        layout=layout,
+        parameter=query_parameter(call.query, axes) if verdict.rewrite else None,
+    )

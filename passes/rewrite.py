@@ -1,0 +1,162 @@
+"""How does a graph call the ops instead of attention? In place, in a copy of the graph.
+
+    plan = svg_ear.clustered_permute(query, key, value, mask, *constants)
+    out, lse = svg_ear.sparse_exact(query, key, value, mask, *plan, *constants)
+    out = svg_ear.centroid_compensation(query, out, lse, *plan, *constants)
+
+Each site is replaced exactly where it stands: Dynamo's graphs are not functional (rotary embeddings are
+written into the query by setitem), so nothing may move across anything else. The graph module itself is
+never copied: deep copies lose the `_dynamo_source` of placeholders, by which Inductor knows which inputs
+are weights. The caller sets `gm.graph = rewrite(...)` and recompiles.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from copy import copy
+from typing import Any, Protocol
+
+import torch
+from svg_ear_compile.kernels import ops
+from torch import fx
+
+from .match import Call, call_of
+from .site import Site
+from .sizes import Extent, example
+
+
+class SiteSettings(Protocol):
+    """What rewrite reads of the settings: they become constants of the ops."""
+
+    @property
+    def density(self) -> float | None: ...
+    @property
+    def order(self) -> str: ...
+    @property
+    def routing(self) -> str: ...
+    @property
+    def compensate(self) -> bool: ...
+    @property
+    def seed(self) -> int: ...
+
+
+def rewrite(gm: fx.GraphModule, sites: Sequence[Site], settings: SiteSettings) -> fx.Graph:
+    """A copy of gm's graph in which every site with a verdict to rewrite calls our three ops."""
+    graph, copies = copy_graph(gm.graph)
+    sizes: dict[tuple[fx.Node, int], fx.Node | int] = {}
+    for site in sites:
+        if site.verdict.rewrite:
+            _replace(graph, call_of(copies[site.node]), site, settings, copies, sizes)
+    graph.lint()
+    return graph
+
+
+def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    """A copy (meta and Dynamo sources of placeholders included), and its node for each of the old ones."""
+    new = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        copies[node] = new.node_copy(node, copies.__getitem__)
+        if hasattr(node, "_dynamo_source"):
+            copies[node]._dynamo_source = node._dynamo_source
+    new._codegen = copy(graph._codegen)
+    return new, copies
+
+
+def _replace(
+    graph: fx.Graph,
+    call: Call,
+    site: Site,
+    settings: SiteSettings,
+    copies: dict[fx.Node, fx.Node],
+    sizes: dict[tuple[fx.Node, int], fx.Node | int],
+) -> None:
+    svg_ear = torch.ops.svg_ear
+    out_value = example(call.node)
+    with graph.inserting_before(call.node):
+
+        def length(value: int | Extent) -> Any:
+            return value if isinstance(value, int) else _extent(graph, value, copies, sizes)
+
+        def add(target: Any, args: tuple[Any, ...], value: Any = None) -> fx.Node:
+            node = graph.call_function(target, args)
+            node.meta = {k: v for k, v in call.node.meta.items() if k != "example_value"}
+            if value is not None:
+                node.meta["example_value"] = value
+            return node
+
+        def operand(node: fx.Node) -> fx.Node:
+            """Under autocast SDPA casts its operands, which our ops would not."""
+            x = example(node)
+            if x.dtype == out_value.dtype:
+                return node
+            return _method(graph, "to", node, out_value.dtype, value=x.to(out_value.dtype))
+
+        constants = ops.SiteConstants(
+            scale=None if call.scale is None else float(call.scale),
+            num_text=length(site.layout.num_text),
+            text_first=site.layout.text_first,
+            grid=[length(n) for n in site.layout.grid or ()],
+            order=settings.order,
+            routing=settings.routing,
+            compensate=settings.compensate,
+            density=settings.density,
+            seed=settings.seed,
+            site=site.index,
+        )
+        qkv = (operand(call.query), operand(call.key), operand(call.value), call.attn_mask)
+        plan_op = add(svg_ear.clustered_permute.default, (*qkv, *constants))
+        plan = [add(operator.getitem, (plan_op, i)) for i in range(len(ops.Plan._fields))]
+        exact = add(svg_ear.sparse_exact.default, (*qkv, *plan, *constants))
+        value = ops.like_output(out_value)
+        out = add(operator.getitem, (exact, 0), value)
+        lse = add(
+            operator.getitem, (exact, 1), out_value.new_empty(out_value.shape[:-1], dtype=torch.float32)
+        )
+        args = (qkv[0], out, lse, *plan, *constants)
+        compensated = add(svg_ear.centroid_compensation.default, args, value)
+    call.node.replace_all_uses_with(compensated)
+    graph.erase_node(call.node)
+
+
+def _extent(
+    graph: fx.Graph,
+    extent: Extent,
+    copies: dict[fx.Node, fx.Node],
+    sizes: dict[tuple[fx.Node, int], fx.Node | int],
+) -> Any:
+    """The graph's expression for a length: sizes of nodes, their products, and their sum."""
+
+    def size(node: fx.Node, dim: int) -> fx.Node | int:
+        value = example(node).shape[dim]
+        if isinstance(value, int):
+            return value
+        if (node, dim) not in sizes:
+            sizes[node, dim] = _method(graph, "size", copies[node], dim, value=value)
+        return sizes[node, dim]
+
+    total: Any = extent.constant
+    for term in extent.terms:
+        product: Any = 1
+        for node, dim in term:
+            product = _combine(graph, operator.mul, product, size(node, dim))
+        total = _combine(graph, operator.add, total, product)
+    return total
+
+
+def _combine(graph: fx.Graph, operation: Any, a: Any, b: Any) -> Any:
+    neutral = 1 if operation is operator.mul else 0
+    if a is neutral or b is neutral:
+        return b if a is neutral else a
+    if not isinstance(a, fx.Node) and not isinstance(b, fx.Node):
+        return operation(a, b)
+    node = graph.call_function(operation, (a, b))
+    node.meta["example_value"] = operation(*(example(x) if isinstance(x, fx.Node) else x for x in (a, b)))
+    return node
+
+
+def _method(graph: fx.Graph, name: str, *args: Any, value: Any) -> fx.Node:
+    node = graph.call_method(name, args)
+    node.meta["example_value"] = value
+    return node

@@ -1,0 +1,79 @@
+"""How long is a dimension? Shapes of graph nodes as plain numbers, without installing a guard.
+
+Under dynamic shapes a size is a SymInt: comparing it would make Dynamo specialise the graph on today's
+resolution. So passes compute with hints, the values seen at compile time, and put expressions of the graph
+(`Extent`) where a run-time value is needed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+
+def example(node: Any) -> Any:
+    """The fake value that Dynamo left on a node; None for anything else."""
+    return node.meta.get("example_value") if isinstance(node, fx.Node) else None
+
+
+def is_tensor(node: Any) -> bool:
+    return isinstance(example(node), torch.Tensor)
+
+
+def hint(size: Any) -> int | None:
+    """The value of a size at compile time; None if only the run shows it (an unbacked symbol)."""
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    from torch.fx.experimental import symbolic_shapes
+
+    if symbolic_shapes.free_unbacked_symbols(size):
+        return None
+    if size.node.hint is not None:
+        return int(size.node.hint)
+    if hasattr(symbolic_shapes, "optimization_hint"):
+        return int(symbolic_shapes.optimization_hint(size))
+    return int(size.node.shape_env.size_hint(size.node.expr))
+
+
+def shape(node: Any) -> tuple[int, ...] | None:
+    """The shape of a tensor node in hints; None for other nodes and for sizes that only the run shows."""
+    value = example(node)
+    if not isinstance(value, torch.Tensor):
+        return None
+    sizes = tuple(hint(size) for size in value.shape)
+    return None if None in sizes else sizes  # type: ignore[return-value]
+
+
+def shown(size: Any) -> int | str:
+    """A size for people: a number, or its symbolic expression."""
+    return str(size.node.expr) if isinstance(size, torch.SymInt) else int(size)
+
+
+@dataclass(frozen=True)
+class Extent:
+    """A length in tokens that only the run shows: `constant` plus products of dimensions of nodes.
+
+    terms: each term is a product of sizes, each (node, dimension). rewrite.py turns it into graph nodes.
+    """
+
+    terms: tuple[tuple[tuple[fx.Node, int], ...], ...]
+    constant: int = 0
+
+    @property
+    def hint(self) -> int:
+        return self.constant + sum(
+            math.prod(hint(example(n).shape[d]) or 0 for n, d in term) for term in self.terms
+        )
+
+    def __str__(self) -> str:
+        parts = ["*".join(f"{node.name}.size({dim})" for node, dim in term) for term in self.terms]
+        return " + ".join(parts + [str(self.constant)] * bool(self.constant))
+
+
+def length_hint(length: int | Extent) -> int:
+    """An int, or an Extent's value at compile time."""
+    return length if isinstance(length, int) else length.hint

@@ -1,0 +1,53 @@
+"""What does a placeholder of a Dynamo graph stand for? An activation, a parameter, a buffer, a number.
+
+Dynamo makes every parameter and buffer an input of the graph. Where each input comes from is written on the
+placeholder (`_dynamo_source`): `L['kwargs']['timestep']`, `L['self']._modules['blocks']...`.
+"""
+
+from __future__ import annotations
+
+import re
+
+from torch import fx, nn
+
+from .sizes import example, is_tensor
+
+TEXT = re.compile(
+    r"encoder_hidden|encoder_attention|text|txt|prompt|caption|clip|image_embed|audio|pooled|temb"
+)
+POSITIONS = re.compile(r"rotary|rope|freqs|pos_emb|pos_embed|image_ids|img_ids|_ids_?$|cos_?$|sin_?$")
+
+
+def source_name(placeholder: fx.Node) -> str:
+    """`L['kwargs']['hidden_states']`, or the placeholder's own name when Dynamo left no source."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    name = getattr(source, "name", None)
+    if callable(name):  # a method up to torch 2.10
+        name = name()
+    return str(name) if name else placeholder.name
+
+
+def is_parameter(node: fx.Node) -> bool:
+    """A parameter or a buffer: a tensor that belongs to the model, not to this call."""
+    if node.op == "get_attr":
+        return True
+    if node.op != "placeholder":
+        return False
+    owned = re.search("_parameters|_buffers", source_name(node))
+    return isinstance(example(node), nn.Parameter) or owned is not None
+
+
+def is_weight(node: fx.Node) -> bool:
+    """A parameter, no buffer."""
+    return is_parameter(node) and "_buffers" not in source_name(node)
+
+
+def is_activation(node: fx.Node | None) -> bool:
+    """A tensor that the caller passes in."""
+    return node is not None and node.op == "placeholder" and is_tensor(node) and not is_parameter(node)
+
+
+def last_key(placeholder: fx.Node) -> str:
+    """The argument's name: `L['kwargs']['timestep']` -> timestep, `L['rotary_emb'][0]` -> rotary_emb."""
+    names = re.findall(r"\['(\w+)'\]|\.(\w+)", source_name(placeholder))
+    return (names[-1][0] or names[-1][1]) if names else placeholder.name

@@ -1,0 +1,163 @@
+"""The backend: what happens when Dynamo hands over a graph. The only file that knows all parts.
+
+    settings -> passes (which attention, what is decided, the rewritten graph) -> Inductor -> a callable that
+    looks at its arguments before each call
+
+Whatever goes wrong in our passes, the graph is compiled as plain Inductor would compile it.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._dynamo.exc import TorchDynamoException
+
+from . import announce, records, schedule
+from .calls import CallPlan, SparseCallable
+from .passes.classify import classify
+from .passes.inputs import read_inputs
+from .passes.layout import grid_from_rotary
+from .passes.match import match
+from .passes.merge import merge
+from .passes.rewrite import rewrite
+from .passes.site import Reason, Site, Verdict
+from .passes.sources import is_activation
+from .records import GraphRecord, SiteRecord
+from .settings import Resolved, resolve
+from .state import layers
+
+Compiled = Callable[..., Any]
+
+
+def svg_ear(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Compiled:
+    """Compiles one Dynamo graph: torch.compile(model, backend="svg_ear", options={...})."""
+    resolved = resolve(options, os.environ, mode)
+    inner = _inner(resolved)
+    if resolved.switch == "off":
+        return inner(gm, example_inputs)
+    record = records.new_record(resolved)
+    try:
+        plan = _apply_passes(gm, example_inputs, resolved, record)
+        compiled = inner(gm, example_inputs)
+    except BaseException:
+        records.drop(record)
+        raise
+    owner: Any = compiled
+    if plan is not None:
+        owner = compiled = SparseCallable(compiled, plan, resolved.settings, record)
+    elif resolved.settings.inner == "eager":
+        owner = gm  # compiled is a bound method of it, made anew at each access
+    records.owned_by(record, owner)
+    announce.announce(record)
+    return compiled
+
+
+def _inner(resolved: Resolved) -> Callable[[fx.GraphModule, Sequence[Any]], Compiled]:
+    """What compiles a graph in the end: torch.compile(backend="inductor") makes it, or nothing."""
+    if resolved.settings.inner == "eager":
+        return lambda gm, _: gm.forward
+    return torch._TorchCompileInductorWrapper(None, resolved.inductor_options, None)  # type: ignore[no-any-return]
+
+
+def _apply_passes(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], resolved: Resolved, record: GraphRecord
+) -> CallPlan | None:
+    """Rewrites gm in place; None if there is nothing to rewrite, or after an error: then gm is untouched."""
+    settings = resolved.settings
+    sites: list[Site] = []
+    try:
+        found = match(gm.graph)
+        record.other_attention = list(found.others)
+        sites = classify(gm, settings, example_inputs)
+        if resolved.switch == "report":
+            for site in sites:
+                if site.verdict.rewrite:
+                    site.verdict = Verdict(False, Reason.REPORT_ONLY)
+        chosen = [site for site in sites if site.verdict.rewrite]
+        plan = None
+        if chosen:
+            masks = {call.node: call.attn_mask for call in found.calls}
+            plan = _call_plan(gm, example_inputs, chosen, [masks[site.node] for site in chosen], record)
+            graph = rewrite(gm, sites, settings)
+            if settings.merge:
+                merge(graph)
+            gm.graph = graph
+    except TorchDynamoException:
+        raise  # Dynamo steers by these: restart, skip, unsupported
+    except Exception as error:
+        if settings.strict or isinstance(error, torch.AcceleratorError):
+            raise
+        record.failure = repr(error)
+        plan = None
+        for site in sites:
+            if site.verdict.rewrite:
+                site.verdict = Verdict(False, Reason.OUR_FAILURE, repr(error))
+        text = f"svg_ear: a graph is compiled without being rewritten, because of {error!r}"
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+        announce.log.debug(text, exc_info=True)
+    record.sites = [SiteRecord.of(site) for site in sites]
+    return plan
+
+
+def _call_plan(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    sites: list[Site],
+    masks: list[fx.Node | None],
+    record: GraphRecord,
+) -> CallPlan:
+    """What the host has to look at in each call; read off the graph before it is rewritten."""
+    placeholders = list(gm.graph.find_nodes(op="placeholder"))
+    inputs = read_inputs(gm, sites)
+    record.clock = (
+        "the clock reads the timestep" if inputs.timestep is not None
+        else "the clock reads the timestep embedding" if inputs.temb is not None
+        else "no timestep in sight: each call counts as a step"
+    )  # fmt: skip
+    numbers: dict[fx.Node, int] = {}
+    mask_ids = {
+        site.index: numbers.setdefault(mask, len(numbers))
+        for site, mask in zip(sites, masks, strict=True)
+        if mask is not None
+    }
+    return CallPlan(
+        sites=tuple(site.index for site in sites),
+        inputs=inputs,
+        video=_video_position(placeholders, example_inputs),
+        mask_ids=mask_ids,
+        masks={n: placeholders.index(node) for node, n in numbers.items() if node.op == "placeholder"},
+        needs_grid=all(site.layout.grid is None for site in sites),
+        read_grid=grid_from_rotary,
+    )
+
+
+def _video_position(placeholders: list[fx.Node], example_inputs: Sequence[Any]) -> int | None:
+    """The argument whose shape shows the resolution: the 5-D one, else the largest that is no parameter."""
+    tensors = [
+        (value.dim() == 5, value.numel(), position)
+        for position, (node, value) in enumerate(zip(placeholders, example_inputs, strict=True))
+        if isinstance(value, Tensor) and is_activation(node)
+    ]
+    return max(tensors)[-1] if tensors else None
+
+
+def _reset() -> None:
+    """What torch._dynamo.reset() calls: nothing of ours outlives it."""
+    layers.clear()
+    records.clear()
+    schedule.reset()
+    announce.clear()
+
+
+svg_ear.reset = _reset  # type: ignore[attr-defined]

@@ -1,0 +1,210 @@
+"""What does the host do around one call of a compiled graph? Looks at its arguments, decides, runs, counts.
+
+For each rewritten site it decides whether this call is dense, and lays that, the frame grid and carried
+centroids into the context that the ops read. It reads from the device at most: one timestep per call (graphs
+of whole models), or a few numbers of the timestep embedding and of a rotary table per model call.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import schedule
+from .kernels import context
+from .passes.site import GraphInputs
+from .records import GraphRecord
+from .settings import Settings
+from .state import Layer, layers
+
+Grid = tuple[int, int, int]
+SAMPLE = 64
+"""So many numbers, evenly spread, tell one embedding or rotary table from another."""
+
+
+@dataclass(frozen=True)
+class CallPlan:
+    """What is known at compile time about the calls of a graph.
+
+    sites: the numbers of the rewritten sites, in their order. video: the position of the argument whose
+    shape tells one resolution from another. mask_ids: sites with one number share a mask. masks: per such
+    number, the position of the argument that is that mask, where it is one. needs_grid: whether no site's
+    grid was in the graph.
+    """
+
+    sites: tuple[int, ...]
+    inputs: GraphInputs
+    video: int | None
+    mask_ids: dict[int, int]
+    masks: dict[int, int]
+    needs_grid: bool
+    read_grid: Callable[[Sequence[Tensor], int], Grid | None]
+
+
+@dataclass
+class _Thread:
+    """What one thread remembers of its last call of one graph."""
+
+    rotary: weakref.ref[Tensor] | None = None
+    grids: dict[str, Grid | None] = field(default_factory=dict)
+    grid: Grid | None = None
+    model_call: tuple[int, int] = (0, 0)
+    noop_masks: dict[int, tuple[weakref.ref[Tensor], bool]] = field(default_factory=dict)
+
+
+class SparseCallable:
+    """The compiled callable of a graph with rewritten sites."""
+
+    def __init__(
+        self, compiled: Callable[..., Any], plan: CallPlan, settings: Settings, record: GraphRecord
+    ) -> None:
+        self.compiled, self.plan, self.settings, self.record = compiled, plan, settings, record
+        self._threads = threading.local()
+        self._warned = False
+
+    def __call__(self, *args: Any) -> Any:
+        call = context.Call(strict=self.settings.strict)
+        kept: list[tuple[int, Layer, Any]] = []
+        try:
+            kept = self._prepare(call, args)
+        except Exception as error:  # noqa: BLE001 - whatever it was, dense attention is still right
+            self._give_up(call, error)
+        planned = dict(call.dense)
+        with context.active(call):
+            out = self.compiled(*args)
+        self._count(call, args, planned, kept)
+        return out
+
+    def _prepare(self, call: context.Call, args: tuple[Any, ...]) -> list[tuple[int, Layer, Any]]:
+        """Fills the context; returns the layers whose centroids are to be kept, each with its stamp."""
+        clock = schedule.clock()
+        plan, settings, record = self.plan, self.settings, self.record
+        video = None if plan.video is None else args[plan.video]
+        shape = None if video is None else tuple(video.shape[1:])
+        device = next(x.device for x in args if isinstance(x, Tensor)) if video is None else video.device
+        self._tick(clock, args, shape)
+        tick = clock.tick
+        num_steps, source = clock.num_steps(settings.num_steps)
+        first = schedule.dense_count(settings.dense_steps, num_steps)
+        record.steps = f"{first} dense first steps, of {num_steps} ({source})"
+        call.totals = record.totals_on(device)
+        call.mask_ids = plan.mask_ids
+        call.counters = record.fallbacks
+        known = self._known(clock)
+        if plan.needs_grid and plan.inputs.rotary:
+            call.grid = self._grid(known, [args[i] for i in plan.inputs.rotary])
+        for number, position in plan.masks.items():
+            if number in known.noop_masks and known.noop_masks[number][0]() is args[position]:
+                call.noop_masks[number] = known.noop_masks[number][1]
+
+        stamp = (tick.generation, shape, device)
+        kept = []
+        for site in plan.sites:
+            position = plan.inputs.parameters.get(site)
+            parameter = None if position is None else args[position]
+            layer = (
+                layers.layer(parameter, clock.model) if isinstance(parameter, torch.nn.Parameter) else None
+            )
+            number = clock.position if layer is None else layer.number
+            clock.position += 1
+            if tick.step < first:
+                call.dense[site] = f"step {tick.step + 1} of {first} dense warm-up steps"
+                record.dense[site]["warm-up steps"] += 1
+            elif settings.is_dense_layer(number):
+                call.dense[site] = f"layer {number} is dense"
+                record.dense[site]["dense layers"] += 1
+            elif settings.order == "kmeans" and layer is not None:
+                carried = layers.carried(layer, tick.branch, stamp)
+                if carried is not None:
+                    call.carried[site] = carried
+                kept.append((site, layer, (tick.branch, stamp)))
+        return kept
+
+    def _tick(self, clock: schedule.Clock, args: tuple[Any, ...], shape: Any) -> None:
+        """Tells the clock, if this call is the first of a call of its model."""
+        inputs = self.plan.inputs
+        parameters = (args[inputs.parameters[site]] for site in self.plan.sites if site in inputs.parameters)
+        first = next((p for p in parameters if isinstance(p, torch.nn.Parameter)), None)
+        whole = inputs.timestep is not None
+        token = None if whole or inputs.temb is None else args[inputs.temb]
+        if not whole and clock.is_running(token, first):
+            return
+        source = args[inputs.timestep] if whole else token
+        moment: schedule.Moment = None
+        if isinstance(source, Tensor) and source.is_cuda and torch.cuda.is_current_stream_capturing():
+            source = None  # somebody records a CUDA graph by hand: nothing can be read, each call is a step
+        if source is not None and not clock.told_branches:
+            moment = _largest(source) if whole else _fingerprint(source)
+        model = layers.model_of(first) if first is not None else clock.model or layers.new_model()
+        clock.advance(model, moment, shape, self.settings.num_steps, token, first)
+
+    def _known(self, clock: schedule.Clock) -> _Thread:
+        known: _Thread | None = getattr(self._threads, "known", None)
+        if known is None:
+            known = self._threads.known = _Thread()
+        if known.model_call != clock.call:
+            known.model_call = clock.call
+            known.noop_masks.clear()
+        return known
+
+    def _grid(self, known: _Thread, tables: list[Tensor]) -> Grid | None:
+        """The frame grid that rotary tables show; a table never seen is sampled, and read if that is new."""
+        if known.rotary is None or known.rotary() is not tables[0]:
+            known.rotary = weakref.ref(tables[0])
+            key = f"{[tuple(table.shape) for table in tables]} {_fingerprint(tables[0])}"
+            if key not in known.grids:
+                known.grids.clear()
+                known.grids[key] = self.plan.read_grid(tables, max(tables[0].shape[:-1]))
+            known.grid = known.grids[key]
+        return known.grid
+
+    def _give_up(self, call: context.Call, error: Exception) -> None:
+        """This whole call is dense: a failure of ours outside of the ops."""
+        if self.settings.strict or isinstance(error, torch.AcceleratorError):
+            raise error
+        call.dense = dict.fromkeys(self.plan.sites, f"failed: {type(error).__name__}")
+        self.record.fallbacks[f"before a call: {type(error).__name__}"] += 1
+        for site in self.plan.sites:
+            self.record.dense[site]["failures"] += 1
+        if not self._warned:
+            self._warned = True
+            warnings.warn(f"svg_ear: a graph runs dense because of {error!r}", RuntimeWarning, stacklevel=2)
+
+    def _count(
+        self,
+        call: context.Call,
+        args: tuple[Any, ...],
+        planned: dict[int, str],
+        kept: list[tuple[int, Layer, Any]],
+    ) -> None:
+        """Afterwards: which sites ran sparse, the centroids they left, what their masks turned out to be."""
+        for site in self.plan.sites:
+            if site not in call.dense:
+                self.record.sparse[site] += 1
+            elif site not in planned:
+                self.record.dense[site]["failures"] += 1
+        for site, layer, (branch, stamp) in kept:
+            if site in call.carried:
+                layers.keep(layer, branch, stamp, call.carried[site])
+        known = self._known(schedule.clock())
+        for number, position in self.plan.masks.items():
+            if number in call.noop_masks:
+                known.noop_masks[number] = (weakref.ref(args[position]), call.noop_masks[number])
+
+
+def _largest(timestep: Any) -> float:
+    """The timestep of a call: the largest, where each token has its own."""
+    return float(timestep.max()) if isinstance(timestep, Tensor) else float(timestep)
+
+
+def _fingerprint(tensor: Tensor) -> str:
+    """A few numbers spread over a tensor, as text, so that NaN equals NaN."""
+    flat = tensor.detach().reshape(-1)
+    return str(flat[:: max(1, flat.numel() // SAMPLE)].tolist())

@@ -1,0 +1,145 @@
+"""What is known about each compiled graph: decided at compile time, counted at run time, read by reports.py.
+
+A record holds plain values only (no graph, no weight) and lives as long as the compiled callable.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+from .kernels.context import SiteTotals
+from .passes.site import Site
+from .settings import Resolved
+
+
+@dataclass(frozen=True)
+class SiteRecord:
+    """A Site without its graph nodes: numbers that were symbolic are those seen at compile time."""
+
+    site: int
+    module_path: str
+    module_class: str
+    kind: str
+    batch: int
+    heads: int
+    head_dim: int
+    q_len: int | str
+    k_len: int | str
+    q_hint: int
+    k_hint: int
+    dtype: str
+    mask: str
+    rewritten: bool
+    reason: str
+    sentence: str
+    hint: str
+    num_text: int
+    grid: tuple[int, ...] | None
+    grid_source: str
+
+    @classmethod
+    def of(cls, site: Site) -> SiteRecord:
+        return cls(
+            site.index, site.module_path, site.module_class, site.kind, site.batch, site.heads, site.head_dim,
+            site.q_len, site.k_len, site.q_hint, site.k_hint, site.dtype, site.mask, site.verdict.rewrite,
+            site.verdict.reason.name, str(site.verdict), site.verdict.reason.hint,
+            site.layout.text_hint, site.layout.grid_hint, site.layout.grid_source,
+        )  # fmt: skip
+
+    @property
+    def flops_dense(self) -> int:
+        return 4 * self.batch * self.heads * self.head_dim * self.q_hint * self.k_hint
+
+    def flops_planned(self, density: float | None) -> int:
+        """Of the exact pairs: density of the video pairs, all pairs with text. None: not known, so dense."""
+        if not self.rewritten or density is None:
+            return self.flops_dense
+        video = (self.q_hint - self.num_text) ** 2
+        skipped = round((1 - density) * video)
+        return 4 * self.batch * self.heads * self.head_dim * (self.q_hint * self.k_hint - skipped)
+
+
+@dataclass(eq=False)
+class GraphRecord:
+    """One compiled graph.
+
+    other_attention: targets of nodes that look like attention but are no SDPA call. failure: the error that
+    made us hand the graph on untouched. clock: what the step clock reads. fallbacks: at run time, by reason.
+    """
+
+    number: int
+    resolved: Resolved
+    sites: list[SiteRecord] = field(default_factory=list)
+    other_attention: list[str] = field(default_factory=list)
+    failure: str | None = None
+    clock: str = ""
+    steps: str = ""
+    sparse: Counter[int] = field(default_factory=Counter)
+    dense: dict[int, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    fallbacks: Counter[str] = field(default_factory=Counter)
+    totals: dict[Any, dict[int, SiteTotals]] = field(default_factory=dict)
+
+    def rewritten(self) -> list[SiteRecord]:
+        return [site for site in self.sites if site.rewritten]
+
+    def totals_on(self, device: Any) -> dict[int, SiteTotals]:
+        """Where the ops sum up in this thread on this device: no addition ever meets another device."""
+        return self.totals.setdefault((device, threading.get_ident()), {})
+
+    def measured(self, site: int) -> tuple[float, float, int]:
+        """(exact, executed, all) query-key pairs of the site's sparse calls. Reads from the device."""
+        exact = executed = 0.0
+        pairs = 0
+        for sums in self.totals.values():
+            if site in sums and sums[site].exact is not None:
+                exact += float(sums[site].exact)  # type: ignore[arg-type]
+                executed += float(sums[site].executed)  # type: ignore[arg-type]
+                pairs += sums[site].pairs
+        return exact, executed, pairs
+
+
+_lock = threading.Lock()
+_records: list[tuple[weakref.ref[Any] | None, GraphRecord]] = []
+_count = 0
+
+
+def new_record(resolved: Resolved) -> GraphRecord:
+    """A record that counts as alive until it is given an owner."""
+    global _count
+    with _lock:
+        record = GraphRecord(_count, resolved)
+        _records.append((None, record))
+        _count += 1
+    return record
+
+
+def owned_by(record: GraphRecord, owner: Any) -> None:
+    """The record lives as long as `owner`, the compiled callable."""
+    with _lock:
+        for i, (_, other) in enumerate(_records):
+            if other is record:
+                _records[i] = (weakref.ref(owner), record)
+
+
+def live_records() -> list[GraphRecord]:
+    """The records of the graphs that are still compiled, in order of compilation."""
+    with _lock:
+        _records[:] = [(owner, record) for owner, record in _records if owner is None or owner() is not None]
+        return [record for _, record in _records]
+
+
+def drop(record: GraphRecord) -> None:
+    """Forgets a record: of a compile that failed."""
+    with _lock:
+        _records[:] = [pair for pair in _records if pair[1] is not record]
+
+
+def clear() -> None:
+    global _count
+    with _lock:
+        _records.clear()
+        _count = 0

@@ -1,0 +1,190 @@
+"""How are the decisions and counts of all compiled graphs shown? As a table and as JSON."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from .records import GraphRecord, SiteRecord, live_records
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One attention site of one graph, with what it cost.
+
+    planned_density: as set; None where the routing finds its own. flops_*: of one call. measured_density and
+    executed_area: of the sparse calls so far (executed counts the padding of tiles); mean_density: of all
+    calls, dense ones as 1. None before the first call. dense_calls: by reason.
+    """
+
+    graph: int
+    decision: SiteRecord
+    planned_density: float | None
+    flops_dense: int
+    flops_planned: int
+    sparse_calls: int
+    dense_calls: dict[str, int]
+    measured_density: float | None
+    executed_area: float | None
+    mean_density: float | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything since the last torch._dynamo.reset(): graphs that still exist, their sites and counts."""
+
+    graphs: tuple[GraphRecord, ...]
+    sites: list[SiteReport] = field(default_factory=list)
+
+    def totals(self) -> dict[str, Any]:
+        rewritten = [site for site in self.sites if site.decision.rewritten]
+        dense, total = sum(s.flops_dense for s in rewritten), sum(s.flops_dense for s in self.sites)
+        reasons: Counter[str] = sum((Counter(s.dense_calls) for s in rewritten), Counter())
+        return {
+            "sites": len(self.sites),
+            "rewritten": len(rewritten),
+            "coverage": dense / total if total else 0.0,
+            "flops_dense": total,
+            "flops_planned": sum(s.flops_planned for s in self.sites),
+            "sparse_calls": sum(s.sparse_calls for s in rewritten),
+            "dense_calls": dict(reasons),
+            "measured_density": _mean([s.measured_density for s in rewritten]),
+            "executed_area": _mean([s.executed_area for s in rewritten]),
+            "mean_density": _mean([s.mean_density for s in rewritten]),
+            "fallbacks": dict(sum((graph.fallbacks for graph in self.graphs), Counter())),
+        }
+
+    def to_json(self) -> str:
+        """The report as JSON; `schema` counts up whenever a key changes its meaning or goes away."""
+        graphs = []
+        for graph in self.graphs:
+            sites = [{**asdict(s.decision), **asdict(s)} for s in self.sites if s.graph == graph.number]
+            for site in sites:
+                del site["decision"], site["graph"]
+            graphs.append(
+                {
+                    "graph": graph.number,
+                    "switch": graph.resolved.switch,
+                    "settings": asdict(graph.resolved.settings),
+                    "sources": graph.resolved.sources,
+                    "failure": graph.failure,
+                    "other_attention": graph.other_attention,
+                    "clock": graph.clock,
+                    "steps": graph.steps,
+                    "fallbacks": dict(graph.fallbacks),
+                    "sites": sites,
+                }
+            )
+        about = {"schema": SCHEMA_VERSION, "svg_ear_compile": version("svg-ear-compile")}
+        return json.dumps({**about, "graphs": graphs, "totals": self.totals()}, indent=1)
+
+    def write(self, path: str | Path) -> None:
+        Path(path).write_text(self.to_json() + "\n")
+
+    def print(self) -> None:
+        print(self)
+
+    def __str__(self) -> str:
+        if not self.sites:
+            others = sorted({name for graph in self.graphs for name in graph.other_attention})
+            first = "svg_ear: " + (
+                f"no scaled_dot_product_attention call, but {', '.join(others)}" if others
+                else f"{len(self.graphs)} compiled graphs, no attention in them" if self.graphs
+                else "nothing compiled yet: call the model first"
+            )  # fmt: skip
+            return "\n".join([first, *self._failures()])
+        return "\n".join([self._table(), *self._summary(), *self._failures(), *self._run_time()])
+
+    def _table(self) -> str:
+        """One row for all sites that differ in nothing but the numbers in their module paths."""
+        rows: dict[tuple[Any, ...], list[SiteReport]] = {}
+        for site in self.sites:
+            d = site.decision
+            row = (
+                re.sub(r"\b\d+\b", "*", d.module_path), d.kind, f"{d.q_len} x {d.k_len}",
+                f"{d.heads} x {d.head_dim}", d.mask, "sparse" if d.rewritten else "dense", _density(site),
+                f"{site.flops_dense / 1e9:.3g}", f"{site.flops_planned / 1e9:.3g}", d.sentence,
+            )  # fmt: skip
+            rows.setdefault((site.graph, *row), []).append(site)
+        table = []
+        for (graph, path, *rest), group in rows.items():
+            number = f"{graph}.{group[0].decision.site}" + (f" ({len(group)}x)" if len(group) > 1 else "")
+            name = path if len(group) > 1 else group[0].decision.module_path
+            table.append([number, name, *rest])
+        head = [
+            "site", "module", "kind", "q x k", "heads x dim", "mask", "verdict", "density",
+            "GFLOP\ndense", "GFLOP\nplanned", "reason",
+        ]  # fmt: skip
+        widths = [None] * 5 + [18] + [None] * 4 + [36]
+        return tabulate(table, head, maxcolwidths=widths, disable_numparse=True)
+
+    def _summary(self) -> list[str]:
+        t = self.totals()
+        planned = t["flops_planned"] / t["flops_dense"] if t["flops_dense"] else 1.0
+        lines = [
+            f"{t['rewritten']} of {t['sites']} attention sites rewritten, with {t['coverage']:.1%} of the "
+            f"attention FLOPs; planned are {planned:.1%} of all"
+        ]
+        hints = {d.sentence.split(" (")[0]: d.hint for d in (s.decision for s in self.sites) if d.hint}
+        return lines + [f"{sentence}: {hint}" for sentence, hint in hints.items()]
+
+    def _failures(self) -> list[str]:
+        return [
+            f"graph {g.number} was left as it was, because of {g.failure}" for g in self.graphs if g.failure
+        ]
+
+    def _run_time(self) -> list[str]:
+        t = self.totals()
+        dense = sum(t["dense_calls"].values())
+        if not dense + t["sparse_calls"]:
+            return []
+        why = ", ".join(f"{count} {reason}" for reason, count in sorted(t["dense_calls"].items()))
+        lines = [f"calls of rewritten sites: {t['sparse_calls']} sparse, {dense} dense"]
+        lines[0] += f" ({why})" if why else ""
+        if t["measured_density"] is not None:
+            lines.append(
+                f"density: {t['measured_density']:.3f} in sparse calls, {t['executed_area']:.3f} executed "
+                f"with padding, {t['mean_density']:.3f} over all calls"
+            )
+        lines += [f"fallbacks: {count} x {reason}" for reason, count in t["fallbacks"].items()]
+        return lines + list(dict.fromkeys(f"steps: {g.clock}; {g.steps}" for g in self.graphs if g.steps))
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _density(site: SiteReport) -> str:
+    if not site.decision.rewritten:
+        return ""
+    return "as routed" if site.planned_density is None else f"{site.planned_density:g}"
+
+
+def _site_report(graph: GraphRecord, site: SiteRecord) -> SiteReport:
+    density = graph.resolved.settings.density if site.rewritten else None
+    exact, executed, pairs = graph.measured(site.site)
+    sparse, dense = graph.sparse[site.site], dict(graph.dense.get(site.site, {}))
+    share = exact / pairs if pairs else None
+    calls = sparse + sum(dense.values())
+    mean = ((share or 0.0) * sparse + calls - sparse) / calls if calls and (pairs or not sparse) else None
+    return SiteReport(
+        graph.number, site, density, site.flops_dense, site.flops_planned(density), sparse, dense,
+        share, executed / pairs if pairs else None, mean,
+    )  # fmt: skip
+
+
+def report(graphs: list[GraphRecord] | None = None) -> Report:
+    """The report over all graphs compiled since the last torch._dynamo.reset(), or over some."""
+    graphs = live_records() if graphs is None else graphs
+    return Report(tuple(graphs), [_site_report(graph, site) for graph in graphs for site in graph.sites])

@@ -1,0 +1,263 @@
+"""What did the user ask for? Every setting, where it came from, and what else goes to Inductor.
+
+Precedence, highest first:
+
+1. `SVG_EAR=0`: everything off, whatever else is set
+2. `torch.compile(..., options={"density": 0.3})`
+3. the environment, `SVG_EAR_DENSITY=0.3`, read whenever a graph is compiled; empty means unset
+4. derived from another setting: preset "svg_ear" sets order, routing, and the density if none is given
+5. the default
+
+Options that are not ours go to Inductor if Inductor knows them, `mode` too (torch.compile refuses its own
+mode= beside options=). Anything else is an error that names the nearest known setting.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
+
+PREFIX = "SVG_EAR"
+BOOLEAN = "0, 1, true or false"
+
+
+class SettingsError(ValueError):
+    """A setting's value, or its name, makes no sense."""
+
+
+def _bool(value: Any) -> bool:
+    return {"0": False, "false": False, "1": True, "true": True}[str(value).strip().lower()]
+
+
+def _integer(least: int) -> Callable[[Any], int]:
+    def parse(value: Any) -> int:
+        if isinstance(value, (bool, float)) or int(value) < least:
+            raise ValueError
+        return int(value)
+
+    return parse
+
+
+def _optional(parse: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda value: None if value is None else parse(value)
+
+
+def _choice(*names: str) -> Callable[[Any], str]:
+    return lambda value: {name: name for name in names}[value.strip().lower()]
+
+
+def _density(value: Any) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not 0 < float(value) <= 1:
+        raise ValueError
+    return float(value)
+
+
+def _patterns(value: Any) -> tuple[str, ...]:
+    parts = value.split(",") if isinstance(value, str) else list(value)
+    return tuple(part.strip() for part in parts if part.strip())
+
+
+def _steps(value: Any) -> int | float:
+    """'6' and 6 are counts, '0.2' and 0.2 fractions; 1.0 would be either, so it is refused."""
+    if isinstance(value, str):
+        value = float(value) if "." in value else int(value)
+    if isinstance(value, bool) or value < 0 or (isinstance(value, float) and value >= 1):
+        raise ValueError
+    return value  # type: ignore[no-any-return]
+
+
+def _layers(value: Any) -> tuple[tuple[int, int], ...]:
+    """2 -> the first two layers, ((0, 1),);  '0, 38-39' -> ((0, 0), (38, 39));  '5,' -> layer 5 alone."""
+    if isinstance(value, bool):
+        raise ValueError
+    if isinstance(value, int) or str(value).strip().isdigit():
+        count = _integer(0)(value)
+        return ((0, count - 1),) if count else ()
+    ranges = []
+    for part in filter(None, (part.strip() for part in value.split(","))):
+        first, _, last = part.partition("-")
+        ranges.append((int(first), int(last or first)))
+        if not 0 <= ranges[-1][0] <= ranges[-1][1]:
+            raise ValueError
+    return tuple(ranges)
+
+
+def _report(value: Any) -> bool | str:
+    text = os.fspath(value) if not isinstance(value, (bool, int)) else str(value)
+    return text if text.endswith(".json") else _bool(text)
+
+
+def _setting(default: Any, parse: Callable[[Any], Any], allowed: str, doc: str) -> Any:
+    return field(default=default, metadata={"parse": parse, "allowed": allowed, "doc": doc})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings of one compile: each field is an option, and a variable SVG_EAR_<NAME>."""
+
+    density: float | None = _setting(
+        0.25, _density, "0 < density <= 1, or None with preset svg_ear",
+        "exactly computed video query-key pairs over all of them in a sparse call; "
+        "with preset svg_ear the default is what the paper's top-p 0.9 finds",
+    )  # fmt: skip
+    min_tokens: int = _setting(
+        8192, _integer(1), "an integer >= 1", "self attention over fewer video tokens stays dense"
+    )
+    sites: tuple[str, ...] = _setting(
+        (), _patterns, "module path patterns, comma separated",
+        "rewrite the attention modules whose paths match (`blocks.*.attn1`) even without a sign of video",
+    )  # fmt: skip
+    dense_steps: int | float = _setting(
+        0.2, _steps, "a count >= 0, or a fraction below 1 of num_steps",
+        "the first steps of a generation run dense; a fraction is rounded to the nearest count",
+    )  # fmt: skip
+    num_steps: int | None = _setting(
+        None, _optional(_integer(1)), "an integer >= 1",
+        "steps of a generation; else those of the previous one that began at the same timestep, else 50",
+    )  # fmt: skip
+    dense_layers: tuple[tuple[int, int], ...] = _setting(
+        ((0, 0),), _layers, "a count of first layers, or ranges such as '0, 38-39'",
+        "layers that always run dense",
+    )  # fmt: skip
+    preset: str = _setting(
+        "default", _choice("default", "svg_ear"), "default or svg_ear",
+        "svg_ear: the paper's clusters (order kmeans), error formula and budget",
+    )  # fmt: skip
+    merge: bool = _setting(
+        True, _bool, BOOLEAN, "one op per attention site; 0 keeps the three that make it up"
+    )
+    inner: str = _setting(
+        "inductor", _choice("inductor", "eager"), "inductor or eager", "what compiles the rewritten graph"
+    )
+    strict: bool = _setting(
+        False, _bool, BOOLEAN, "a failure of ours raises, instead of running dense with a warning"
+    )
+    seed: int = _setting(0, _integer(0), "an integer >= 0", "of everything random in the clustering")
+    compensate: bool = _setting(
+        True, _bool, BOOLEAN, "skipped blocks count through their centroids; 0 drops them"
+    )
+    order: str = _setting(
+        "auto", _choice("auto", "cubes", "splits", "kmeans"), "auto, cubes, splits or kmeans",
+        "how video tokens are put into blocks; auto: cubes where the frame grid is known, else splits",
+    )  # fmt: skip
+    report: bool | str = _setting(
+        False, _report, "0, 1, or a path that ends in .json",
+        "1 prints the report at compile time, a path writes it",
+    )  # fmt: skip
+
+    @property
+    def routing(self) -> str:
+        """How blocks are chosen: follows from the preset."""
+        return "svg_ear" if self.preset == "svg_ear" else "output_error"
+
+    def is_dense_layer(self, layer: int) -> bool:
+        return any(first <= layer <= last for first, last in self.dense_layers)
+
+
+class Resolved(NamedTuple):
+    """switch: 'on', 'off' or 'report'. inductor_options: to be patched into Inductor's configuration.
+
+    sources: where each setting's value came from, in words.
+    """
+
+    settings: Settings
+    inductor_options: dict[str, Any]
+    switch: str
+    sources: dict[str, str]
+
+
+def switch(environ: Mapping[str, str]) -> str:
+    """What SVG_EAR says: 'on' (also when unset: somebody named the backend), 'off' or 'report'."""
+    value = environ.get(PREFIX, "").strip().lower()
+    try:
+        return {"": "on", "1": "on", "true": "on", "0": "off", "false": "off", "report": "report"}[value]
+    except KeyError:
+        raise SettingsError(f"{PREFIX}={environ[PREFIX]!r}: allowed are 0, 1 and report") from None
+
+
+def resolve(
+    options: Mapping[str, Any] | None = None,
+    environ: Mapping[str, str] | None = None,
+    mode: str | None = None,
+) -> Resolved:
+    """The settings of one compile; see the head of this file for what wins over what."""
+    options, environ = dict(options or {}), os.environ if environ is None else environ
+    state = switch(environ)
+    known = {f.name: f for f in fields(Settings)}
+    others = {key: value for key, value in options.items() if key not in known}
+    inductor = _inductor_options(others, mode, set(known))
+    if state == "off":  # the way out must work whatever else is set; only what compiles still counts
+        known = {"inner": known["inner"]}
+    else:
+        _check_variables(environ, known)
+
+    values, sources = {}, dict.fromkeys(known, "default")
+    for name, f in known.items():
+        variable = f"{PREFIX}_{name.upper()}"
+        if name in options:
+            values[name], sources[name] = _parse(f, options[name], f"options[{name!r}]"), "options"
+        elif environ.get(variable, "").strip():
+            values[name], sources[name] = _parse(f, environ[variable], variable), variable
+    if values.get("preset") == "svg_ear":
+        for name, value in {"order": "kmeans", "compensate": True}.items():
+            if values.setdefault(name, value) != value:
+                raise SettingsError(
+                    f"{name}={values[name]!r} ({sources[name]}) contradicts preset 'svg_ear' "
+                    f"({sources['preset']}), which means {name}={value!r}"
+                )
+        values.setdefault("density", None)
+        sources = {k: "preset" if k in values and v == "default" else v for k, v in sources.items()}
+    elif "density" in values and values["density"] is None:
+        raise SettingsError("options['density'] = None: only preset svg_ear allows it; else 0 < density <= 1")
+    return Resolved(Settings(**values), inductor, state, sources)
+
+
+def _parse(f: Any, value: Any, source: str) -> Any:
+    try:
+        return f.metadata["parse"](value)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise SettingsError(f"{source} = {value!r}: allowed is {f.metadata['allowed']}") from None
+
+
+def _check_variables(environ: Mapping[str, str], known: Mapping[str, Any]) -> None:
+    """A variable that is nearly one of ours is a typing error; other people's SVG_EAR_* are left alone."""
+    ours = [f"{PREFIX}_{name.upper()}" for name in known]
+    for variable in environ:
+        if variable.startswith(PREFIX + "_") and variable not in ours and environ[variable].strip():
+            near = difflib.get_close_matches(variable, ours, n=1, cutoff=0.85)
+            if near:
+                raise SettingsError(f"{variable} is not a setting; did you mean {near[0]}?")
+
+
+def _inductor_options(options: dict[str, Any], mode: str | None, ours: set[str]) -> dict[str, Any]:
+    """What is left over for Inductor, with the mode spelled out; explicit options win over the mode's."""
+    mode = options.pop("mode", None) or mode
+    if not options and mode in (None, "default"):
+        return {}
+    from torch import _inductor
+
+    modes = _inductor.list_mode_options()
+    if mode is not None and mode not in modes:
+        raise SettingsError(f"mode = {mode!r}: allowed is one of {', '.join(modes)}")
+    known = _inductor.list_options()
+    for key in options:
+        if key.replace("-", "_") not in known:
+            near = [match for names in (ours, known) for match in difflib.get_close_matches(key, names, n=1)]
+            guess = f"; did you mean {near[0]!r}?" if near else ""
+            raise SettingsError(f"options[{key!r}] is neither a setting of svg_ear nor of Inductor{guess}")
+    return {**modes.get(mode, {}), **options}
+
+
+def markdown_table() -> str:
+    """The table of docs/ENVS.md."""
+    rows = ["| variable | option | default | allowed | meaning |", "|---|---|---|---|---|"]
+    for f in fields(Settings):
+        written: dict[Any, str] = {(): "none", None: "none", ((0, 0),): "1", True: "1", False: "0"}
+        cells = [f"`{PREFIX}_{f.name.upper()}`", f"`{f.name}`", str(written.get(f.default, f.default))]
+        rows.append(f"| {' | '.join([*cells, f.metadata['allowed'], f.metadata['doc']])} |")
+    return "\n".join(rows) + "\n"

@@ -1,0 +1,180 @@
+"""What the report shows, from records made by hand."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from svg_ear_compile.kernels.context import SiteTotals
+
+from svg_ear_compile import announce, records, reports
+from svg_ear_compile.records import GraphRecord, SiteRecord
+from svg_ear_compile.settings import resolve
+
+
+def site(index: int = 0, reason: str = "REWRITTEN", **changes: Any) -> SiteRecord:
+    values: dict[str, Any] = {
+        "site": index, "module_path": f"blocks.{index}.attn1", "module_class": "Attention", "kind": "self",
+        "batch": 1, "heads": 2, "head_dim": 64, "q_len": 1024, "k_len": 1024, "q_hint": 1024, "k_hint": 1024,
+        "dtype": "float32", "mask": "none", "rewritten": reason == "REWRITTEN", "reason": reason,
+        "sentence": "self attention over video tokens" if reason == "REWRITTEN" else "too few tokens (1024)",
+        "hint": "" if reason == "REWRITTEN" else "lower min_tokens", "num_text": 0, "grid": None,
+        "grid_source": "unknown",
+    }  # fmt: skip
+    return SiteRecord(**{**values, **changes})
+
+
+def graph(*sites: SiteRecord, number: int = 0, options: dict[str, Any] | None = None) -> GraphRecord:
+    return GraphRecord(number, resolve(options, {}), list(sites))
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    announce.clear()
+    records.clear()
+
+
+def test_flops() -> None:
+    dense = 4 * 2 * 64 * 1024 * 1024
+    assert site().flops_dense == dense
+    assert site().flops_planned(0.25) == dense // 4
+    assert site().flops_planned(None) == dense
+    assert site(reason="CROSS").flops_planned(0.25) == dense
+    with_text = site(num_text=24, q_hint=1024)
+    assert with_text.flops_planned(0.5) == 4 * 2 * 64 * (1024**2 - 1000**2 // 2)
+
+
+def test_identical_layers_are_one_row() -> None:
+    text = str(reports.report([graph(*(site(i) for i in range(30)), site(30, "TOO_FEW_TOKENS"))]))
+    assert "0.0 (30x)" in text
+    assert "blocks.*.attn1" in text
+    assert "blocks.30.attn1" in text
+    assert "30 of 31 attention sites rewritten, with 96.8% of the attention FLOPs" in text
+    assert "too few tokens: lower min_tokens" in text
+    assert "calls of rewritten sites" not in text
+
+
+def test_run_time_counts() -> None:
+    record = graph(site(0), site(1))
+    for index in (0, 1):
+        record.sparse[index] = 3
+        record.dense[index]["warm-up steps"] = 1
+    record.totals_on("cpu")[0] = SiteTotals(torch.tensor(300.0), torch.tensor(330.0), 1200)
+    record.totals_on("cpu")[1] = SiteTotals(torch.tensor(300.0), torch.tensor(330.0), 1200)
+    record.fallbacks["fallback: ValueError"] += 1
+    record.clock, record.steps = (
+        "the clock reads the timestep",
+        "1 dense first steps, of 4 (the setting num_steps)",
+    )
+    totals = reports.report([record]).totals()
+    assert totals["measured_density"] == pytest.approx(0.25)
+    assert totals["executed_area"] == pytest.approx(0.275)
+    assert totals["mean_density"] == pytest.approx((3 * 0.25 + 1) / 4)
+    assert totals["dense_calls"] == {"warm-up steps": 2}
+    text = str(reports.report([record]))
+    assert "6 sparse, 2 dense (2 warm-up steps)" in text
+    assert "density: 0.250 in sparse calls, 0.275 executed with padding, 0.438 over all calls" in text
+    assert "fallbacks: 1 x fallback: ValueError" in text
+    assert "steps: the clock reads the timestep; 1 dense first steps, of 4" in text
+
+
+def test_a_site_that_only_ran_dense_has_mean_density_one() -> None:
+    record = graph(site())
+    record.dense[0]["dense layers"] = 5
+    (row,) = reports.report([record]).sites
+    assert (row.measured_density, row.mean_density) == (None, 1.0)
+
+
+def test_json_is_versioned_and_complete() -> None:
+    data = json.loads(reports.report([graph(site(), options={"preset": "svg_ear"})]).to_json())
+    assert data["schema"] == reports.SCHEMA_VERSION
+    (only,) = data["graphs"]
+    assert only["settings"]["order"] == "kmeans"
+    assert only["sources"]["order"] == "preset"
+    assert only["sites"][0]["module_path"] == "blocks.0.attn1"
+    assert only["sites"][0]["planned_density"] is None
+    assert data["totals"]["rewritten"] == 1
+
+
+def test_empty_reports_say_why(capsys: pytest.CaptureFixture[str]) -> None:
+    reports.report().print()
+    assert "nothing compiled yet" in capsys.readouterr().out
+    assert "1 compiled graphs, no attention in them" in str(reports.report([graph()]))
+    record = graph()
+    record.other_attention = ["flex_attention in blocks.0"]
+    assert "flex_attention in blocks.0" in str(reports.report([record]))
+
+
+def test_records_live_as_long_as_their_callables() -> None:
+    def owner() -> None: ...
+
+    def other() -> None: ...
+
+    first, second = records.new_record(resolve({}, {})), records.new_record(resolve({}, {}))
+    records.owned_by(first, owner)
+    records.owned_by(second, other)
+    assert records.live_records() == [first, second]
+    del owner
+    gc.collect()
+    assert records.live_records() == [second]
+    records.drop(second)
+    assert records.live_records() == []
+
+
+def test_nothing_rewritten_is_loud_once(recwarn: pytest.WarningsRecorder) -> None:
+    for _ in range(2):
+        announce.announce(graph(site(0, "TOO_FEW_TOKENS"), site(1, "TOO_FEW_TOKENS")))
+    (warning,) = recwarn.list
+    assert "rewrote none of 2 attention sites: 2 x too few tokens (1024) - lower min_tokens" in str(
+        warning.message
+    )
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        (graph(), None),
+        (graph(site()), None),
+        (graph(site(reason="CROSS")), None),
+        (graph(site(reason="TEXT")), None),
+        (graph(site(reason="NO_SIGN_OF_VIDEO", q_hint=77)), None),
+        (graph(site(reason="NO_SIGN_OF_VIDEO", q_hint=4608)), "rewrote none"),
+        (graph(site(reason="TOO_FEW_TOKENS", q_hint=77)), "rewrote none"),
+    ],
+)
+def test_what_is_worth_a_complaint(record: GraphRecord, expected: str | None) -> None:
+    text = announce.complaint(record)
+    assert text is None if expected is None else expected in (text or "")
+
+
+def test_another_attention_backend_is_named() -> None:
+    record = graph()
+    record.other_attention = ["flex_attention"]
+    assert "reset_attention_backend()" in (announce.complaint(record) or "")
+
+
+def test_switched_on_by_the_environment_it_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.setenv("SVG_EAR", "1")
+    with caplog.at_level(logging.WARNING, "svg_ear_compile"):
+        for n in (1024, 2048):
+            announce.announce(graph(site(reason="TOO_FEW_TOKENS", q_hint=n)))
+    assert len(caplog.records) == 1
+    assert not recwarn.list
+
+
+def test_printed_once_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        announce.announce(graph(site(), options={"report": True}))
+    assert capsys.readouterr().err.count("blocks.0.attn1") == 1
+
+    record = records.new_record(resolve({"report": str(tmp_path / "report.json")}, {}))
+    record.sites = [site()]
+    announce.announce(record)
+    assert json.loads((tmp_path / "report.json").read_text())["totals"]["sites"] == 1

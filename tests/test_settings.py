@@ -1,0 +1,210 @@
+"""Every setting: what is allowed, what wins over what, and whether docs/ENVS.md says so."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from svg_ear_compile.settings import Settings, SettingsError, markdown_table, resolve, switch
+
+DEFAULTS = Settings()
+
+
+def test_defaults() -> None:
+    resolved = resolve({}, {})
+    assert resolved.settings == DEFAULTS
+    assert (resolved.inductor_options, resolved.switch) == ({}, "on")
+    assert set(resolved.sources.values()) == {"default"}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("density", "0.5", 0.5),
+        ("density", "1", 1.0),
+        ("min_tokens", "512", 512),
+        ("sites", "blocks.*.attn1, *.attn", ("blocks.*.attn1", "*.attn")),
+        ("dense_steps", "6", 6),
+        ("dense_steps", "0", 0),
+        ("dense_steps", "0.1", 0.1),
+        ("num_steps", "30", 30),
+        ("dense_layers", "2", ((0, 1),)),
+        ("dense_layers", "0", ()),
+        ("dense_layers", "0, 38-39", ((0, 0), (38, 39))),
+        ("dense_layers", "5,", ((5, 5),)),
+        ("preset", "svg_ear", "svg_ear"),
+        ("merge", "0", False),
+        ("merge", "TRUE", True),
+        ("inner", "eager", "eager"),
+        ("strict", "1", True),
+        ("seed", "7", 7),
+        ("compensate", "false", False),
+        ("order", "splits", "splits"),
+        ("report", "1", True),
+        ("report", "0", False),
+        ("report", "/tmp/x.json", "/tmp/x.json"),
+    ],
+)
+def test_an_option_and_its_variable_mean_the_same(name: str, text: str, expected: object) -> None:
+    variable = f"SVG_EAR_{name.upper()}"
+    by_environment, by_option = resolve({}, {variable: text}), resolve({name: text}, {})
+    assert getattr(by_environment.settings, name) == expected
+    assert by_environment.settings == by_option.settings
+    assert (by_environment.sources[name], by_option.sources[name]) == (variable, "options")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("density", "x"),
+        ("density", 0),
+        ("density", 1.01),
+        ("density", "nan"),
+        ("density", True),
+        ("density", None),
+        ("min_tokens", 0),
+        ("min_tokens", 1.5),
+        ("sites", 3),
+        ("dense_steps", -1),
+        ("dense_steps", 1.0),
+        ("dense_steps", "1.5"),
+        ("dense_steps", True),
+        ("num_steps", 0),
+        ("dense_layers", "3-1"),
+        ("dense_layers", "a"),
+        ("dense_layers", -1),
+        ("preset", "paper"),
+        ("merge", "maybe"),
+        ("inner", "aot_eager"),
+        ("strict", 2),
+        ("seed", -1),
+        ("compensate", "no"),
+        ("order", "random"),
+        ("report", "report.txt"),
+    ],
+)
+def test_nonsense_names_the_setting_the_value_and_what_is_allowed(name: str, value: Any) -> None:
+    with pytest.raises(SettingsError, match=name) as caught:
+        resolve({name: value}, {})
+    assert repr(value) in str(caught.value) or str(value) in str(caught.value)
+    assert "allow" in str(caught.value)
+
+
+def test_nonsense_in_the_environment_names_the_variable() -> None:
+    with pytest.raises(SettingsError, match=r"SVG_EAR_DENSITY = 'x': allowed is 0 < density <= 1"):
+        resolve({}, {"SVG_EAR_DENSITY": "x"})
+
+
+@pytest.mark.parametrize(
+    ("options", "environ", "density", "source"),
+    [
+        ({}, {}, 0.25, "default"),
+        ({}, {"SVG_EAR_DENSITY": ""}, 0.25, "default"),
+        ({}, {"SVG_EAR_DENSITY": "0.3"}, 0.3, "SVG_EAR_DENSITY"),
+        ({"density": 0.4}, {"SVG_EAR_DENSITY": "0.3"}, 0.4, "options"),
+        ({"density": 0.4}, {"SVG_EAR_DENSITY": "nonsense"}, 0.4, "options"),
+        ({"preset": "svg_ear"}, {}, None, "preset"),
+        ({}, {"SVG_EAR_PRESET": "svg_ear"}, None, "preset"),
+        ({"preset": "svg_ear"}, {"SVG_EAR_DENSITY": "0.3"}, 0.3, "SVG_EAR_DENSITY"),
+        ({"preset": "svg_ear", "density": None}, {"SVG_EAR_DENSITY": "0.3"}, None, "options"),
+    ],
+)
+def test_precedence(
+    options: dict[str, Any], environ: dict[str, str], density: float | None, source: str
+) -> None:
+    resolved = resolve(options, environ)
+    assert (resolved.settings.density, resolved.sources["density"]) == (density, source)
+
+
+def test_off_wins_over_everything_even_over_nonsense() -> None:
+    resolved = resolve({"density": 7}, {"SVG_EAR": "0", "SVG_EAR_SEED": "x"})
+    assert (resolved.switch, resolved.settings) == ("off", DEFAULTS)
+    assert resolve({"inner": "eager"}, {"SVG_EAR": "0"}).settings.inner == "eager"
+    assert resolve({"max_autotune": True}, {"SVG_EAR": "0"}).inductor_options == {"max_autotune": True}
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (None, "on"),
+        ("", "on"),
+        ("1", "on"),
+        ("true", "on"),
+        ("0", "off"),
+        ("False", "off"),
+        ("report", "report"),
+    ],
+)
+def test_switch(value: str | None, expected: str) -> None:
+    assert switch({} if value is None else {"SVG_EAR": value}) == expected
+
+
+def test_switch_refuses_nonsense() -> None:
+    with pytest.raises(SettingsError, match="SVG_EAR='2'"):
+        resolve({}, {"SVG_EAR": "2"})
+
+
+def test_the_preset_is_the_paper() -> None:
+    settings = resolve({"preset": "svg_ear"}, {}).settings
+    assert (settings.order, settings.routing, settings.compensate) == ("kmeans", "svg_ear", True)
+    assert (DEFAULTS.order, DEFAULTS.routing) == ("auto", "output_error")
+
+
+@pytest.mark.parametrize(
+    ("options", "environ"),
+    [
+        ({"preset": "svg_ear", "order": "cubes"}, {}),
+        ({"preset": "svg_ear", "compensate": False}, {}),
+        ({"preset": "svg_ear"}, {"SVG_EAR_ORDER": "splits"}),
+        ({"order": "auto"}, {"SVG_EAR_PRESET": "svg_ear"}),
+    ],
+)
+def test_conflicts_with_the_preset(options: dict[str, Any], environ: dict[str, str]) -> None:
+    with pytest.raises(SettingsError, match="contradicts preset 'svg_ear'"):
+        resolve(options, environ)
+
+
+def test_the_rest_goes_to_inductor() -> None:
+    assert resolve({"max_autotune": True, "density": 0.5}, {}).inductor_options == {"max_autotune": True}
+    assert resolve({"mode": "reduce-overhead"}, {}).inductor_options == {"triton.cudagraphs": True}
+    assert resolve({}, {}, mode="reduce-overhead").inductor_options == {"triton.cudagraphs": True}
+    both = {"mode": "max-autotune-no-cudagraphs", "max_autotune": False}
+    assert resolve(both, {}).inductor_options["max_autotune"] is False
+    assert resolve({"mode": "default"}, {}).inductor_options == {}
+
+
+@pytest.mark.parametrize(
+    ("key", "guess"),
+    [("densty", "density"), ("dense_layer", "dense_layers"), ("max_autotun", "max_autotune")],
+)
+def test_an_unknown_key_gets_a_guess(key: str, guess: str) -> None:
+    with pytest.raises(SettingsError, match=rf"options\['{key}'\] is neither .*did you mean '{guess}'\?"):
+        resolve({key: 1}, {})
+
+
+def test_an_unknown_mode() -> None:
+    with pytest.raises(SettingsError, match=r"mode = 'fast': allowed is one of .*max-autotune"):
+        resolve({"mode": "fast"}, {})
+
+
+def test_a_mistyped_variable_gets_a_guess_and_strangers_are_left_alone() -> None:
+    with pytest.raises(SettingsError, match="SVG_EAR_DENSTY is not a setting; did you mean SVG_EAR_DENSITY"):
+        resolve({}, {"SVG_EAR_DENSTY": "0.3"})
+    assert resolve({}, {"SVG_EAR_SOMETHING_ELSE": "1"}).settings == DEFAULTS
+
+
+def test_dense_layers_as_numbers() -> None:
+    settings = resolve({"dense_layers": "0, 38-39"}, {}).settings
+    assert [n for n in range(50) if settings.is_dense_layer(n)] == [0, 38, 39]
+    assert [n for n in range(50) if DEFAULTS.is_dense_layer(n)] == [0]
+
+
+def test_each_setting_is_documented() -> None:
+    assert all(f.metadata["doc"] and f.metadata["allowed"] for f in fields(Settings))
+    page = (Path(__file__).parents[1] / "docs" / "ENVS.md").read_text()
+    assert markdown_table() in page, (
+        "run: python -c 'import svg_ear_compile.settings as s; print(s.markdown_table())'"
+    )
