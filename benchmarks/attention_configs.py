@@ -13,12 +13,13 @@ import argparse
 import math
 
 import torch
-from svg_ear_compile.kernels import triton_attention
-from svg_ear_compile.kernels.plan import KEY_BLOCK, QUERY_BLOCK, Plan
-from svg_ear_compile.kernels.triton_configs import Config
 from tabulate import tabulate
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from svg_ear_compile.kernels import probe, route, triton_attention, triton_permute, triton_probe
+from svg_ear_compile.kernels.plan import KEY_BLOCK, QUERY_BLOCK, Plan
+from svg_ear_compile.kernels.triton_configs import Config
 
 EQUAL = [
     Config(128, 64, 128, 8, 3, 2, pair=True, tma=True),
@@ -42,6 +43,16 @@ CLUSTERS = [
     Config(128, 128, 128, 8, 3, 2, tma=True),
     Config(64, 64, 64, 4, 3, 3, tma=True),
     Config(64, 32, 64, 4, 3, 3, tma=True),
+]
+
+
+PROBE = [
+    Config(64, 64, 64, 4, 3, 1, tma=True),
+    Config(64, 64, 64, 4, 2, 1, tma=True),
+    Config(128, 64, 64, 8, 3, 1, tma=True),
+    Config(128, 64, 64, 8, 2, 1, tma=True),
+    Config(128, 64, 64, 4, 3, 1, tma=True),
+    Config(64, 64, 64, 4, 2, 1),
 ]
 
 
@@ -147,10 +158,45 @@ def main() -> None:
             except Exception as error:  # noqa: BLE001 - one configuration may not fit this GPU
                 rows.append([*row, f"{type(error).__name__}: {str(error)[:60]}"])
         print(f"{rows[-1][0]}: exact density {exact:.4f}", flush=True)
-    tiles = sum(_milliseconds_of_schedule(plan, v) for v in (clusters,))
+    tiles = milliseconds(lambda: triton_attention.schedule(plan, QUERY_BLOCK, clusters), 3)
     headers = ["blocks", *Config._fields, "exact only ms", "fused ms", "exact TFLOP/s", "x dense", "vs first"]
     print(f"{torch.cuda.get_device_name()}, L={L} H={H} D={D}, dense {dense:.1f} ms, schedule {tiles:.3f} ms")
     print(tabulate(rows, headers=headers, floatfmt=".4g"))
+    print(tabulate(other_stages(query, key, value, arguments), headers="keys", floatfmt=".4g"))
+
+
+def other_stages(query: Tensor, key: Tensor, value: Tensor, arguments: argparse.Namespace) -> list[dict]:
+    """Times of the gather and of the probe's configurations, with the tokens in a random order."""
+    repeats, records = arguments.repeats, []
+    for clusters in (False, True) if arguments.clusters else (False,):
+        plan = made_up_plan(key.contiguous(), value.contiguous(), arguments.density, clusters)
+        name = "clusters" if clusters else "equal"
+        shuffled = torch.rand(plan.query_order.shape, device=key.device).argsort(-1).int()
+        both = lambda: triton_permute.gather_with_means(key, shuffled, plan.key_offsets)  # noqa: B023, E731
+        records.append({"blocks": name, "stage": "gather and means", "ms": milliseconds(both, repeats)})
+        means = lambda: triton_permute.gathered_means(query, shuffled, plan.query_offsets)  # noqa: B023, E731
+        records.append({"blocks": name, "stage": "means alone", "ms": milliseconds(means, repeats)})
+        centroids = triton_permute.gathered_means(query, plan.query_order, plan.query_offsets)
+        inputs = (centroids, plan.key, plan.value, plan.key_offsets)
+        inputs = (*inputs, plan.key_centroids.float(), plan.value_centroids.float(), query.shape[-1] ** -0.5)
+        for routing in ("output_error", "svg_ear"):
+            for c in PROBE:
+                most = None if clusters else KEY_BLOCK
+                call = lambda: triton_probe.probe(*inputs, routing, most, c)  # noqa: B023, E731
+                record = {"blocks": name, "stage": f"probe {routing}", "ms": None, **c._asdict()}
+                try:
+                    record["ms"] = milliseconds(call, repeats)
+                except Exception as error:  # noqa: BLE001
+                    record["ms"] = f"{type(error).__name__}: {str(error)[:60]}"
+                records.append(record)
+        if not clusters:
+            plain = lambda: probe.probe(*inputs, "output_error", KEY_BLOCK)  # noqa: B023, E731
+            records.append({"blocks": name, "stage": "probe in PyTorch", "ms": milliseconds(plain, 1)})
+            route_once = lambda: _route(plan, inputs, arguments.density)  # noqa: B023, E731
+            records.append(
+                {"blocks": name, "stage": "routing alone", "ms": milliseconds(route_once, repeats)}
+            )
+    return records
 
 
 def _kept_keys(plan: Plan) -> Tensor:
@@ -160,8 +206,19 @@ def _kept_keys(plan: Plan) -> Tensor:
     return (sizes.gather(-1, plan.kept_blocks.long().clamp(min=0)) * listed).sum(-1)
 
 
-def _milliseconds_of_schedule(plan: Plan, variable: bool) -> float:
-    return milliseconds(lambda: triton_attention.schedule(plan, QUERY_BLOCK, variable), 3)
+_scores: list[probe.Scores] = []
+
+
+def _route(plan: Plan, inputs: tuple, density: float) -> None:
+    """Routing with made-up scores: choosing blocks, biases and lists."""
+    if not _scores:
+        _scores.append(triton_probe.probe(*inputs, "output_error", KEY_BLOCK))
+    sizes = (plan.query_offsets.diff(dim=-1), plan.key_offsets.diff(dim=-1))
+    counts = plan.bias.shape[-2:]
+    kept = route.route(_scores[0], *sizes, *counts, "output_error", density)
+    route.centroid_bias(_scores[0], kept, sizes[1], "output_error", True)
+    route.kept_lists(kept)
+    route.areas(kept, *sizes)
 
 
 if __name__ == "__main__":

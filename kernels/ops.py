@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import attention as cpu_kernels
+from . import attention as attention_torch
 from . import cluster, context, permute, probe, route
 from .plan import KEY_BLOCK, QUERY_BLOCK, Plan, block_counts, empty_plan
 
@@ -121,14 +121,15 @@ def make_plan(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | Non
     if query_state is not None and key_state is not None:
         call.carried[c.site] = (query_state, key_state)
 
-    masked_from = None if valid is None else keys.offsets
-    key_p, value_p = (permute.gather(x, keys.order, masked_from) for x in (key, value))
-    key_centroids, value_centroids = (permute.block_means(x, keys.offsets) for x in (key_p, value_p))
-    query_p = permute.gather(query, queries.order, None)
-    query_centroids = permute.block_means(query_p, queries.offsets)
+    kernels = _kernels(query)
+    (key_p, key_centroids), (value_p, value_centroids) = (
+        kernels.permute.gather_with_means(x, keys.order, keys.offsets, valid is not None)
+        for x in (key, value)
+    )
+    query_centroids = kernels.permute.gathered_means(query, queries.order, queries.offsets)
     query_sizes, key_sizes = queries.offsets.diff(dim=-1), keys.offsets.diff(dim=-1)
 
-    scores = probe.probe(
+    scores = kernels.probe.probe(
         query_centroids,
         key_p,
         value_p,
@@ -150,17 +151,25 @@ def make_plan(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | Non
     )  # fmt: skip
 
 
-def _kernels(query: Tensor) -> ModuleType:
-    """sparse_exact, centroid_compensation and attend for the query's device: Triton on CUDA, else PyTorch.
+class _Kernels(NamedTuple):
+    """The modules with the functions of kernels/permute.py, probe.py and attention.py.
 
-    Their last argument, variable: whether blocks may be of any size (kmeans), which Triton cannot see from a
-    plan on the device.
+    The last argument of attention's, variable: whether blocks may be of any size (kmeans); Triton cannot
+    see from a plan on the device.
     """
-    if query.is_cuda:
-        from . import triton_attention
 
-        return triton_attention
-    return cpu_kernels
+    permute: ModuleType
+    probe: ModuleType
+    attention: ModuleType
+
+
+def _kernels(query: Tensor) -> _Kernels:
+    """For the query's device: Triton on CUDA, else PyTorch."""
+    if query.is_cuda:
+        from . import triton_attention, triton_permute, triton_probe
+
+        return _Kernels(triton_permute, triton_probe, triton_attention)
+    return _Kernels(permute, probe, attention_torch)
 
 
 def _scale(query: Tensor, c: SiteConstants) -> float:
@@ -250,7 +259,7 @@ def sparse_exact(
 
     def sparse() -> tuple[Tensor, Tensor]:
         out, variable = like_output(query), c.order == "kmeans"
-        return _kernels(query).sparse_exact(query, plan, _scale(query, c), out, variable)
+        return _kernels(query).attention.sparse_exact(query, plan, _scale(query, c), out, variable)
 
     def dense() -> tuple[Tensor, Tensor]:
         out = dense_attention(query, key, value, _drop_noop_mask(attn_mask, c.site), c.scale)
@@ -283,7 +292,7 @@ def centroid_compensation(query: Tensor, out: Tensor, lse: Tensor, *plan_and_con
 
     def sparse() -> Tensor:
         merged, variable = like_output(query), c.order == "kmeans"
-        return _kernels(query).centroid_compensation(
+        return _kernels(query).attention.centroid_compensation(
             query, out, lse, plan, _scale(query, c), merged, variable
         )
 
@@ -312,7 +321,9 @@ def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | Non
 
     def sparse() -> Tensor:
         plan = make_plan(query, key, value, mask, c)
-        return _kernels(query).attend(query, plan, _scale(query, c), like_output(query), c.order == "kmeans")
+        return _kernels(query).attention.attend(
+            query, plan, _scale(query, c), like_output(query), c.order == "kmeans"
+        )
 
     return _sparse_or_dense(query, c, sparse, lambda: dense_attention(query, key, value, mask, c.scale))
 

@@ -32,3 +32,14 @@ def block_means(x: Tensor, offsets: Tensor) -> Tensor:
     rows, starts = x.float().flatten(0, 1), offsets.flatten(0, 1)
     means = torch.segment_reduce(rows, "mean", offsets=starts, axis=1, initial=0, unsafe=True)
     return means.view(B, H, -1, D)
+
+
+def gather_with_means(x: Tensor, order: Tensor, offsets: Tensor, masked: bool) -> tuple[Tensor, Tensor]:
+    """(gather, block_means of it). masked: whether there are slots behind the last block."""
+    gathered = gather(x, order, offsets if masked else None)
+    return gathered, block_means(gathered, offsets)
+
+
+def gathered_means(x: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
+    """The block means of gather(x, order, offsets) alone."""
+    return block_means(gather(x, order, None), offsets)

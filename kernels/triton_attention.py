@@ -34,25 +34,7 @@ from torch import Tensor
 
 from .plan import KEY_BLOCK, QUERY_BLOCK, Plan
 from .triton_configs import Config, config_for
-
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def _rows(source, head, first, length, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-          TMA: tl.constexpr):  # fmt: skip
-    """Rows first..first+BLOCK of one head of source [heads, length, HEAD_DIM]. Outside of it TMA gives zeros,
-    pointers the nearest row: the caller masks them by the logits' bias."""
-    if TMA:
-        tile = source.load([head, first, 0]).reshape(BLOCK, BLOCK_D)
-    else:
-        rows = tl.minimum(tl.maximum(first + tl.arange(0, BLOCK), 0), length - 1)
-        columns = tl.arange(0, BLOCK_D)
-        start = source + head.to(tl.int64) * length * HEAD_DIM
-        where = start + rows.to(tl.int64)[:, None] * HEAD_DIM + columns[None, :]
-        tile = tl.load(where, mask=(columns < HEAD_DIM)[None, :], other=0.0)
-    return tile
+from .triton_tiles import LN_2, LOG2_E, capability, descriptor, load_rows
 
 
 @triton.jit
@@ -166,8 +148,8 @@ def attention_kernel(
             next_low, next_high = _bounds(offsets, j0)
             for _ in tl.range(0, steps, num_stages=STAGES):
                 stop = tl.minimum(low + BLOCK_N, high)
-                k = _rows(key, row, stop - BLOCK_N, L, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
-                v = _rows(value, row, stop - BLOCK_N, L, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
+                k = load_rows(key, row, stop - BLOCK_N, L, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
+                v = load_rows(value, row, stop - BLOCK_N, L, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
                 top, total, acc = _step(
                     q, k, v, _ending_at(stop - low, BLOCK_N), scale, top, total, acc, PRECISION
                 )
@@ -185,10 +167,10 @@ def attention_kernel(
             j0 = tl.load(kept + tl.minimum(2, last), mask=count > 0, other=0)
             j1 = tl.load(kept + tl.minimum(3, last), mask=count > 0, other=0)
             for at in tl.range(0, count, 2, num_stages=STAGES):
-                k0 = _rows(key, row, stop0 - BLOCK_N, L, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
-                k1 = _rows(key, row, stop1 - BLOCK_N, L, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
-                v0 = _rows(value, row, stop0 - BLOCK_N, L, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
-                v1 = _rows(value, row, stop1 - BLOCK_N, L, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
+                k0 = load_rows(key, row, stop0 - BLOCK_N, L, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
+                k1 = load_rows(key, row, stop1 - BLOCK_N, L, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
+                v0 = load_rows(value, row, stop0 - BLOCK_N, L, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
+                v1 = load_rows(value, row, stop1 - BLOCK_N, L, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
                 bias0 = _ending_at(stop0 - low0, BLOCK_N)
                 bias1 = _ending_at(tl.where(at + 1 < count, stop1 - low1, 0), BLOCK_N)
                 top, total, acc = _step_pair(
@@ -202,8 +184,8 @@ def attention_kernel(
             low, stop = _bounds(offsets, tl.load(kept, mask=count > 0, other=0))
             j = tl.load(kept + tl.minimum(1, last), mask=count > 0, other=0)
             for at in tl.range(0, count, num_stages=STAGES):
-                k = _rows(key, row, stop - BLOCK_N, L, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
-                v = _rows(value, row, stop - BLOCK_N, L, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
+                k = load_rows(key, row, stop - BLOCK_N, L, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
+                v = load_rows(value, row, stop - BLOCK_N, L, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
                 top, total, acc = _step(
                     q, k, v, _ending_at(stop - low, BLOCK_N), scale, top, total, acc, PRECISION
                 )
@@ -223,8 +205,8 @@ def attention_kernel(
         for at in tl.range(0, Ck, BLOCK_C, num_stages=CENTROID_STAGES):
             c = at + tl.arange(0, BLOCK_C)
             b = tl.load(biases + c, mask=c < Ck, other=float("-inf")) * LOG2_E
-            k = _rows(key_centroids, row, at, Ck, BLOCK_C, HEAD_DIM, BLOCK_D, TMA)
-            v = _rows(value_centroids, row, at, Ck, BLOCK_C, HEAD_DIM, BLOCK_D, TMA)
+            k = load_rows(key_centroids, row, at, Ck, BLOCK_C, HEAD_DIM, BLOCK_D, TMA)
+            v = load_rows(value_centroids, row, at, Ck, BLOCK_C, HEAD_DIM, BLOCK_D, TMA)
             top, total, acc = _step(q, k, v, b, scale, top, total, acc, PRECISION)
     else:
         tl.store(lse + row64 * L + token, (top + tl.log2(total)) * LN_2, mask=in_block)
@@ -242,7 +224,6 @@ def sparse_exact(
     plan: Plan,
     scale: float,
     out: Tensor,
-    *,
     variable: bool = True,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -253,7 +234,7 @@ def sparse_exact(
 
 
 def centroid_compensation(
-    query: Tensor, exact: Tensor, lse: Tensor, plan: Plan, scale: float, out: Tensor, *,
+    query: Tensor, exact: Tensor, lse: Tensor, plan: Plan, scale: float, out: Tensor,
     variable: bool = True, config: Config | None = None,
 ) -> Tensor:  # fmt: skip
     """Writes the joint softmax of the exact part and the centroids into out and returns it."""
@@ -266,7 +247,6 @@ def attend(
     plan: Plan,
     scale: float,
     out: Tensor,
-    *,
     variable: bool = True,
     config: Config | None = None,
 ) -> Tensor:
@@ -313,14 +293,14 @@ def _launch(
         query = query.contiguous()
     if exact is not None and exact.stride(-1) != 1:
         exact = exact.contiguous()
-    c = config or config_for(_capability(query.device), D, query.dtype, variable)
+    c = config or config_for(capability(query.device), D, query.dtype, variable)
     options = meta(c, D, query.dtype, variable, exact is None, exact is not None or lse is None)
     tile_block, tile_first = schedule(plan, c.block_m, variable)
     tiles = tile_block.shape[-1] * max(options["PARTS"], 1)
     keys: list[Any] = [plan.key, plan.value, plan.key_centroids, plan.value_centroids]
     if c.tma:
         rows = (c.block_n, c.block_n, c.block_c, c.block_c)
-        keys = [_descriptor(x, n, options["BLOCK_D"]) for x, n in zip(keys, rows, strict=True)]
+        keys = [descriptor(x, n, options["BLOCK_D"]) for x, n in zip(keys, rows, strict=True)]
     state = out if exact is None else exact
     attention_kernel[(tiles, H, B)](
         query, *keys, plan.query_order, plan.query_offsets, plan.key_offsets, plan.bias, plan.kept_count,
@@ -342,14 +322,3 @@ def meta(
         "CENTROID_STAGES": c.centroid_stages, "num_warps": c.num_warps, "num_stages": c.num_stages,
         "enable_fp_fusion": True,
     }  # fmt: skip
-
-
-def _descriptor(x: Tensor, rows: int, block_d: int) -> Any:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    B, H, C, D = x.shape
-    return TensorDescriptor(x, [B * H, C, D], [C * D, D, 1], [1, rows, block_d])
-
-
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)

@@ -38,6 +38,20 @@ def config_for(capability: tuple[int, int], head_dim: int, dtype: torch.dtype, v
         return Config(128, 64, 64, 8, 3, 3, pair=not variable, tma=True)
     if head_dim > 128:
         return Config(64, 32, 32, 8, 2, 2)
+    if head_dim > 64 and capability >= (12, 0):
+        return Config(64, 64, 64, 4, 2, 2)
     if head_dim > 64:
-        return Config(64, 64, 64, 4, 2, 2) if capability >= (12, 0) else Config(128, 64, 32, 8, 2, 2)
+        return Config(128, 64, 32, 8, 2, 2) if head_dim == 128 else Config(64, 64, 32, 4, 2, 2)
     return Config(128, 64, 64, 8, 2, 2)
+
+
+def probe_config_for(capability: tuple[int, int], head_dim: int, dtype: torch.dtype) -> Config:
+    """The probe's: block_m query centroids, tiles of 64 keys."""
+    if capability == (0, 0):
+        return Config(64, 64, 64, 4, 1, 1)
+    if dtype == torch.float32:
+        return Config(32, 64, 64, 4, 1, 1)
+    tma = capability[0] in (9, 10)
+    if head_dim > 128:
+        return Config(64, 64, 64, 8, 2 if tma else 1, 1, tma=tma)
+    return Config(64, 64, 64, 4, 3, 1, tma=True) if tma else Config(64, 64, 64, 8, 2, 1)

@@ -119,14 +119,32 @@ def _index(axes: Axes, node: fx.Node, source: tuple[Axis, ...], index: Any) -> F
             d += 1
         elif isinstance(item, fx.Node) and is_tensor(item):
             item_shape = shape(item)
-            if used > 1 or item_shape is None or example(item).dtype == torch.bool or len(item_shape) != 1:
-                return None
+            plain = example(item).dtype != torch.bool and item_shape is not None and len(item_shape) == 1
+            if not plain or sum(is_tensor(i) for i in items) > 1:
+                return tuple(axes.fresh(node, d, n, guess=True) for d, n in enumerate(shape(node) or ()))
+            assert item_shape is not None
             key = ("picked", source[d], item)
             found.append(axes.fresh(node, len(found), item_shape[0], source[d], key))
             d += 1
         else:
             d += 1
     return tuple(found)
+
+
+def _reorder(axes: Axes, node: fx.Node) -> Found:
+    """roll, flip, index_select: other tokens in the dimensions named, the same for the same arguments."""
+    source, sizes = input_axes(axes, node), shape(node)
+    if not source or sizes is None or len(sizes) != len(source):
+        return None
+    how = (op_name(node), node.args[1:], tuple(node.kwargs.items()))
+    dims = {"roll": argument(node, 2, "dims"), "index_select": argument(node, 1, "dim")}
+    touched = dims.get(op_name(node), argument(node, 1, "dims"))
+    touched = [touched] if isinstance(touched, int) else touched or range(len(source))
+    gone = {d % len(source) for d in touched}
+    return tuple(
+        axes.fresh(node, d, sizes[d], axis, ("reorder", axis, repr(how))) if d in gone else axis
+        for d, axis in enumerate(source)
+    )
 
 
 def _setitem(axes: Axes, node: fx.Node) -> Found:
@@ -197,6 +215,7 @@ RULES: dict[str, Callable[[Axes, fx.Node], Found]] = {
     **dict.fromkeys(("split", "chunk", "tensor_split", "split_with_sizes"), _split),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _conv),
     **dict.fromkeys(("matmul", "bmm", "mm"), _matmul),
+    **dict.fromkeys(("roll", "flip", "index_select"), _reorder),
     **dict.fromkeys(("sum", "mean", "amax", "amin", "argmax", "any", "all"), _reduce),
     **dict.fromkeys(("layer_norm", "rms_norm", "group_norm", "softmax", "dropout", "type_as", "to"), _first),
     "stack": _stack, "unbind": _unbind, "getitem": _getitem, "setitem": _setitem, "linear": _linear,

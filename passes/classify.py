@@ -20,7 +20,7 @@ from torch import fx
 
 from .axes import Axes, Axis, axis_size
 from .axis_rules import trace_axes
-from .layout import read_layout, video_parts
+from .layout import is_factorised, read_layout, video_parts
 from .masks import read_mask
 from .match import Call, match
 from .projections import query_parameter
@@ -62,23 +62,28 @@ def named(path: str, patterns: Sequence[str]) -> bool:
 def _site(index: int, call: Call, axes: Axes, settings: Thresholds, example_inputs: Sequence[object]) -> Site:
     q, k, v = (axes.of.get(n) for n in (call.query, call.key, call.value))
     mask, bad_mask = read_mask(call)
+    layout: Layout | None = None
     if q is None or k is None or v is None or not len(q) == len(k) == len(v) == 4:
         shapes = [shape(n) for n in (call.query, call.key, call.value)]
-        refusal = Verdict(False, Reason.UNKNOWN_SHAPE if None in shapes else Reason.RANK)
-        return _make(index, call, "unknown", mask, refusal, Layout())
-    kind = _kind(q[2], k[2], v[2])
-    layout = read_layout(axes, q[2])
-    is_text = kind == "self" and (not video_parts(q[2]) or NOT_VIDEO.search(call.module_path) is not None)
-    if is_text and not named(call.module_path, settings.sites):
-        return _make(index, call, kind, mask, Verdict(False, Reason.TEXT), Layout())
-    reason, detail = _obstacle(call, kind, bad_mask, mask)
-    if reason is None and layout is None:
-        reason = Reason.SPLIT_TEXT
-    verdict = Verdict(False, reason, detail) if reason else None
-    if verdict is None and layout is not None:
-        verdict = _evidence(call, q[2], kind, layout, settings, example_inputs)
-    assert verdict is not None
-    return _make(index, call, kind, mask, verdict, layout or Layout())
+        kind, verdict = "unknown", Verdict(False, Reason.UNKNOWN_SHAPE if None in shapes else Reason.RANK)
+    else:
+        kind, layout = _kind(q[2], k[2], v[2]), read_layout(axes, q[2])
+        obstacle = _obstacle(call, kind, bad_mask, mask)
+        is_named = named(call.module_path, settings.sites)
+        if kind == "self" and not is_named and (not video_parts(q[2]) or NOT_VIDEO.search(call.module_path)):
+            verdict = Verdict(False, Reason.TEXT)
+        elif obstacle is not None:
+            verdict = obstacle
+        elif layout is None:
+            verdict = Verdict(False, Reason.SPLIT_TEXT)
+        elif kind == "unknown" and not is_named:
+            verdict = Verdict(False, Reason.UNKNOWN_TOKENS)
+        else:
+            tokens = axis_size(q[2]) - layout.text_hint
+            sign = "named in sites=" if is_named else sign_of_video(call, q[2], example_inputs, tokens)
+            verdict = _enough(q[2], tokens, sign, settings.min_tokens)
+    parameter = query_parameter(call.query, axes) if verdict.rewrite else None
+    return _make(index, call, kind, mask, verdict, layout or Layout(), parameter)
 
 
 def _kind(query: Axis, key: Axis, value: Axis) -> str:
@@ -92,7 +97,7 @@ def _kind(query: Axis, key: Axis, value: Axis) -> str:
     return "joint" if len(query) > 1 else "self"
 
 
-def _obstacle(call: Call, kind: str, bad_mask: Reason | None, mask: str) -> tuple[Reason | None, str]:
+def _obstacle(call: Call, kind: str, bad_mask: Reason | None, mask: str) -> Verdict | None:
     """The first thing that the kernels cannot do, whatever the tokens are."""
     query, key, value, out = (example(n) for n in (call.query, call.key, call.value, call.node))
     head_dims = [hint(x.shape[3]) for x in (query, key, value)]
@@ -116,23 +121,14 @@ def _obstacle(call: Call, kind: str, bad_mask: Reason | None, mask: str) -> tupl
         (len(set(head_dims)) > 1 or head_dims[0] not in HEAD_DIMS, Reason.HEAD_DIM, f"{head_dims[0]}"),
         (bad_mask is not None, bad_mask, mask),
     ]
-    return next(((reason, detail) for found, reason, detail in checks if found), (None, ""))
-
-
-def _evidence(
-    call: Call, axis: Axis, kind: str, layout: Layout, settings: Thresholds, example_inputs: Sequence[object]
-) -> Verdict:
-    """Whether the tokens are video, and enough of them."""
-    tokens = (hint(example(call.query).shape[2]) or 0) - layout.text_hint
-    is_named = named(call.module_path, settings.sites)
-    if kind == "unknown" and not is_named:
-        return Verdict(False, Reason.UNKNOWN_TOKENS)
-    sign = (
-        f"named in sites=: {call.module_path}"
-        if is_named
-        else sign_of_video(call, axis, example_inputs, tokens)
+    return next(
+        (Verdict(False, reason, detail) for found, reason, detail in checks if found and reason), None
     )
-    least = settings.min_tokens if sign else max(UNSIGNED_MIN_TOKENS, settings.min_tokens)
+
+
+def _enough(axis: Axis, tokens: int, sign: str, min_tokens: int) -> Verdict:
+    """Whether there are enough video tokens for what says that they are video."""
+    least = min_tokens if sign else max(UNSIGNED_MIN_TOKENS, min_tokens)
     if tokens >= least:
         return Verdict(True, Reason.REWRITTEN, sign or f"{tokens} tokens")
     if sign:
@@ -142,7 +138,9 @@ def _evidence(
     return Verdict(False, Reason.NO_SIGN_OF_VIDEO, f"{tokens} tokens; without a sign at least {least}")
 
 
-def _make(index: int, call: Call, kind: str, mask: str, verdict: Verdict, layout: Layout) -> Site:
+def _make(
+    index: int, call: Call, kind: str, mask: str, verdict: Verdict, layout: Layout, parameter: fx.Node | None
+) -> Site:
     query, key = example(call.query), example(call.key)
     sizes = [*query.shape] if query is not None and query.dim() == 4 else [0, 0, 0, 0]
     k_len = key.shape[-2] if key is not None and key.dim() >= 2 else 0
@@ -163,5 +161,5 @@ def _make(index: int, call: Call, kind: str, mask: str, verdict: Verdict, layout
         mask=mask,
         verdict=verdict,
         layout=layout,
-        parameter=query_parameter(call.query, axes) if verdict.rewrite else None,
+        parameter=parameter,
     )

@@ -18,7 +18,7 @@ from .site import Layout
 from .sizes import Extent, example, shape
 from .sources import TEXT, is_activation, last_key
 
-__all__ = ["grid_from_rotary", "is_packed_video", "read_layout", "video_parts"]
+__all__ = ["grid_from_rotary", "is_factorised", "is_packed_video", "read_layout", "video_parts"]
 
 
 def video_parts(axis: Axis) -> list[Part]:
@@ -35,6 +35,15 @@ def is_packed_video(part: Part) -> bool:
     """Whether a part stems from a 5-D input and spans more than one frame's worth of its dimensions."""
     from_video = any(atom.root is not None and len(shape(atom.root) or ()) == 5 for atom in part)
     return from_video and len(part) != 2 and (len(part) > 2 or part[0].root_dim < 0)
+
+
+def is_factorised(axis: Axis) -> bool:
+    """Whether tokens of a video are attended frame by frame, or along one dimension only."""
+    return any(
+        atom.root is not None and len(shape(atom.root) or ()) == 5 and not is_packed_video(part)
+        for part in axis
+        for atom in part
+    )
 
 
 def read_layout(axes: Axes, axis: Axis) -> Layout | None:

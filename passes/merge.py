@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from svg_ear_compile.kernels import ops
 from torch import fx
+
+from svg_ear_compile.kernels import ops
 
 
 def merge(graph: fx.Graph) -> int:

@@ -6,38 +6,40 @@ Parameter objects that are passed in.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 
 from torch import fx
 
+from .axes import Axes, axis_size
 from .axis_moves import op_name
 from .sources import is_weight, source_name
 
 _LINEAR = {"linear", "addmm", "matmul", "mm", "bmm", "baddbmm", "conv1d"}
 
 
-def query_parameter(query: fx.Node) -> fx.Node | None:
+def query_parameter(query: fx.Node, axes: Axes) -> fx.Node | None:
     """The placeholder of the query projection's weight.
 
-    It is that of the nearest linear layer upstream: the base layer under LoRA, all of it for a fused qkv.
+    It is that of the nearest linear layer upstream: the base layer under LoRA, all of it for a fused qkv, and
+    the one over the most tokens where text and video have their own.
     """
     writes = _writes(query.graph)
     seen, queue = {query}, deque([query])
-    adapters: list[fx.Node] = []
+    found: list[tuple[bool, int, fx.Node]] = []
     while queue:
         node = queue.popleft()
-        if op_name(node) in _LINEAR:
-            weight = _weight(node)
-            if weight is not None and "lora_" not in source_name(weight):
-                return weight
-            if weight is not None:
-                adapters.append(weight)
-                continue  # beyond lies the input of the adapter, which is that of its base layer too
+        weight = _weight(node) if op_name(node) in _LINEAR else None
+        if weight is not None:
+            tokens = math.prod(axis_size(axis) for axis in axes.of.get(node, ())[:-1])
+            found.append(("lora_" not in source_name(weight), tokens, weight))
+            continue
         for before in [*node.all_input_nodes, *writes.get(node, ())]:
             if before not in seen:
                 seen.add(before)
                 queue.append(before)
-    return adapters[0] if adapters else None
+    best = max(found, key=lambda f: f[:2], default=None)
+    return best[2] if best else None
 
 
 def _writes(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:

@@ -18,8 +18,9 @@ from copy import copy
 from typing import Any, Protocol
 
 import torch
-from svg_ear_compile.kernels import ops
 from torch import fx
+
+from svg_ear_compile.kernels import ops
 
 from .match import Call, call_of
 from .site import Site

@@ -24,11 +24,9 @@ def grid_from_rotary(tables: Sequence[Tensor], num_video_tokens: int) -> tuple[i
     period counts if some column changes at every multiple of it and nowhere else, and a grid if every column
     is a function of one of its coordinates.
     """
-    columns = [_columns(table, num_video_tokens) for table in tables]
-    found = [c for c in columns if c is not None]
-    if not found or num_video_tokens < 4:
+    x = _columns(tables, num_video_tokens)
+    if x is None or num_video_tokens < 4:
         return None
-    x = torch.cat([c.to(found[0].dtype) for c in found], dim=1)
     candidates = _grids(_periods(x), num_video_tokens)
     if not candidates:
         return None
@@ -36,16 +34,25 @@ def grid_from_rotary(tables: Sequence[Tensor], num_video_tokens: int) -> tuple[i
     return next((grid for grid, fit in zip(candidates, fits, strict=True) if fit), None)
 
 
-def _columns(table: Tensor, tokens: int) -> Tensor | None:
-    """A table as [tokens, columns]; batch entries and heads are alike, so their first is taken."""
-    if table.is_complex():
-        table = torch.view_as_real(table)
-    if not table.is_floating_point() or tokens not in table.shape[:-1]:
-        return None
-    x = table.detach()
-    while x.shape[0] != tokens:
-        x = x[0]
-    return x.reshape(tokens, -1)
+def is_sequence(tables: Sequence[Tensor], num_tokens: int) -> bool:
+    """Whether tables over the tokens know no rows, like positions of text: no token is the first again."""
+    x = _columns(tables, num_tokens)
+    if x is None or num_tokens < 3:
+        return False
+    fast = x[1] != x[0]
+    return not bool(((x[2:] == x[0]) | ~fast).all(1).any())
+
+
+def _columns(tables: Sequence[Tensor], tokens: int) -> Tensor | None:
+    """All tables as one of [tokens, columns]; batch entries are alike, so the first is taken."""
+    found = []
+    for table in tables:
+        x = torch.view_as_real(table.detach()) if table.is_complex() else table.detach()
+        if x.is_floating_point() and tokens in x.shape[:-1]:
+            while x.shape[0] != tokens:
+                x = x[0]
+            found.append(x.reshape(tokens, -1))
+    return torch.cat([x.to(found[0].dtype) for x in found], dim=1) if found else None
 
 
 def _periods(x: Tensor) -> list[int]:

@@ -16,7 +16,7 @@ from torch import fx
 from .axes import Axis
 from .layout import is_packed_video, video_parts
 from .match import Call
-from .rotary import grid_from_rotary
+from .rotary import grid_from_rotary, is_sequence
 from .sizes import shape
 from .sources import POSITIONS, TEXT, is_activation, last_key, source_name
 
@@ -49,6 +49,8 @@ def sign_of_video(call: Call, axis: Axis, example_inputs: Sequence[object], vide
     grid = grid_from_rotary(tables, video_tokens) if tables else None  # type: ignore[arg-type]
     if grid is not None:
         return f"rotary tables over {grid[0]} x {grid[1]} x {grid[2]} tokens" if grid[0] > 1 else ""
+    if tables and is_sequence(tables, video_tokens):  # type: ignore[arg-type]
+        return ""
     known = next((m for text in (*call.module_classes, call.source_files) if (m := _FILE.search(text))), None)
     return f"diffusers' {known.group(0)}" if known else ""
 

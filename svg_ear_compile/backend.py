@@ -9,12 +9,14 @@ Whatever goes wrong in our passes, the graph is compiled as plain Inductor would
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dynamo.eval_frame import innermost_fn
 from torch._dynamo.exc import TorchDynamoException
 
 from . import announce, records, schedule
@@ -22,7 +24,7 @@ from .calls import CallPlan, SparseCallable
 from .passes.classify import classify
 from .passes.inputs import read_inputs
 from .passes.layout import grid_from_rotary
-from .passes.match import match
+from .passes.match import Call, match
 from .passes.merge import merge
 from .passes.rewrite import rewrite
 from .passes.site import Reason, Site, Verdict
@@ -32,6 +34,8 @@ from .settings import Resolved, resolve
 from .state import layers
 
 Compiled = Callable[..., Any]
+# diffusers' models whose timestep embedding has pooled text added: it differs between the calls of one step.
+_POOLED_TEXT = re.compile(r"transformer_(hunyuan_video\.|hunyuan_video_framepack|kandinsky)")
 
 
 def svg_ear(
@@ -53,12 +57,11 @@ def svg_ear(
     except BaseException:
         records.drop(record)
         raise
-    owner: Any = compiled
     if plan is not None:
-        owner = compiled = SparseCallable(compiled, plan, resolved.settings, record)
-    elif resolved.settings.inner == "eager":
-        owner = gm  # compiled is a bound method of it, made anew at each access
-    records.owned_by(record, owner)
+        compiled = SparseCallable(compiled, plan, resolved.settings, record)
+    # Dynamo keeps the innermost function; and a bound method (gm.forward) lives as long as its object.
+    kept = innermost_fn(compiled)
+    records.owned_by(record, getattr(kept, "__self__", kept))
     announce.announce(record)
     return compiled
 
@@ -87,8 +90,8 @@ def _apply_passes(
         chosen = [site for site in sites if site.verdict.rewrite]
         plan = None
         if chosen:
-            masks = {call.node: call.attn_mask for call in found.calls}
-            plan = _call_plan(gm, example_inputs, chosen, [masks[site.node] for site in chosen], record)
+            calls = {call.node: call for call in found.calls}
+            plan = _call_plan(gm, example_inputs, chosen, [calls[site.node] for site in chosen], record)
             graph = rewrite(gm, sites, settings)
             if settings.merge:
                 merge(graph)
@@ -114,22 +117,28 @@ def _call_plan(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
     sites: list[Site],
-    masks: list[fx.Node | None],
+    calls: list[Call],
     record: GraphRecord,
 ) -> CallPlan:
     """What the host has to look at in each call; read off the graph before it is rewritten."""
     placeholders = list(gm.graph.find_nodes(op="placeholder"))
     inputs = read_inputs(gm, sites)
-    record.clock = (
-        "the clock reads the timestep" if inputs.timestep is not None
-        else "the clock reads the timestep embedding" if inputs.temb is not None
-        else "no timestep in sight: each call counts as a step"
-    )  # fmt: skip
+    if inputs.timestep is not None:
+        record.clock = "the clock reads the timestep"
+    elif inputs.temb is None:
+        record.clock = "no timestep in sight: each call counts as a step"
+    else:
+        record.clock = "the clock reads the timestep embedding"
+        if any(_POOLED_TEXT.search(call.source_files) for call in calls):
+            record.clock += (
+                ", which holds pooled text: where guidance takes two calls, wrap the pipeline's call in "
+                "svg_ear_compile.generation(num_steps=..., branches=2)"
+            )
     numbers: dict[fx.Node, int] = {}
     mask_ids = {
-        site.index: numbers.setdefault(mask, len(numbers))
-        for site, mask in zip(sites, masks, strict=True)
-        if mask is not None
+        site.index: numbers.setdefault(call.attn_mask, len(numbers))
+        for site, call in zip(sites, calls, strict=True)
+        if call.attn_mask is not None
     }
     return CallPlan(
         sites=tuple(site.index for site in sites),
@@ -152,7 +161,7 @@ def _video_position(placeholders: list[fx.Node], example_inputs: Sequence[Any]) 
     return max(tensors)[-1] if tensors else None
 
 
-def _reset() -> None:
+def reset() -> None:
     """What torch._dynamo.reset() calls: nothing of ours outlives it."""
     layers.clear()
     records.clear()
@@ -160,4 +169,4 @@ def _reset() -> None:
     announce.clear()
 
 
-svg_ear.reset = _reset  # type: ignore[attr-defined]
+svg_ear.reset = reset  # type: ignore[attr-defined]

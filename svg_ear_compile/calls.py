@@ -99,7 +99,7 @@ class SparseCallable:
         call.counters = record.fallbacks
         known = self._known(clock)
         if plan.needs_grid and plan.inputs.rotary:
-            call.grid = self._grid(known, [args[i] for i in plan.inputs.rotary])
+            call.grid = record.grid = self._grid(known, [args[i] for i in plan.inputs.rotary])
         for number, position in plan.masks.items():
             if number in known.noop_masks and known.noop_masks[number][0]() is args[position]:
                 call.noop_masks[number] = known.noop_masks[number][1]
@@ -107,8 +107,8 @@ class SparseCallable:
         stamp = (tick.generation, shape, device)
         kept = []
         for site in plan.sites:
-            position = plan.inputs.parameters.get(site)
-            parameter = None if position is None else args[position]
+            weight = plan.inputs.parameters.get(site)
+            parameter = None if weight is None else args[weight]
             layer = (
                 layers.layer(parameter, clock.model) if isinstance(parameter, torch.nn.Parameter) else None
             )
@@ -136,10 +136,10 @@ class SparseCallable:
         token = None if whole or inputs.temb is None else args[inputs.temb]
         if not whole and clock.is_running(token, first):
             return
-        source = args[inputs.timestep] if whole else token
+        source = token if inputs.timestep is None else args[inputs.timestep]
         moment: schedule.Moment = None
-        if isinstance(source, Tensor) and source.is_cuda and torch.cuda.is_current_stream_capturing():
-            source = None  # somebody records a CUDA graph by hand: nothing can be read, each call is a step
+        if _is_recorded(source):
+            source = None  # each call is a step
         if source is not None and not clock.told_branches:
             moment = _largest(source) if whole else _fingerprint(source)
         model = layers.model_of(first) if first is not None else clock.model or layers.new_model()
@@ -156,7 +156,7 @@ class SparseCallable:
 
     def _grid(self, known: _Thread, tables: list[Tensor]) -> Grid | None:
         """The frame grid that rotary tables show; a table never seen is sampled, and read if that is new."""
-        if known.rotary is None or known.rotary() is not tables[0]:
+        if (known.rotary is None or known.rotary() is not tables[0]) and not _is_recorded(tables[0]):
             known.rotary = weakref.ref(tables[0])
             key = f"{[tuple(table.shape) for table in tables]} {_fingerprint(tables[0])}"
             if key not in known.grids:
@@ -197,6 +197,11 @@ class SparseCallable:
         for number, position in self.plan.masks.items():
             if number in call.noop_masks:
                 known.noop_masks[number] = (weakref.ref(args[position]), call.noop_masks[number])
+
+
+def _is_recorded(value: Any) -> bool:
+    """Whether somebody records a CUDA graph by hand just now: then nothing can be read from the device."""
+    return isinstance(value, Tensor) and value.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _largest(timestep: Any) -> float:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 
-def _size(text: str) -> tuple[int, int, int]:
+def size_argument(text: str) -> tuple[int, int, int]:
+    """16x64x64 as (16, 64, 64)."""
     try:
         frames, height, width = (int(part) for part in text.split("x"))
     except ValueError:
@@ -26,7 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="sample one clip densely and with svg_ear, and compare them")
     demo.add_argument("--steps", type=int, help="sampling steps (default: 10 on a CPU, 30 on a GPU)")
-    demo.add_argument("--size", type=_size, help="FxHxW in pixels (default: 16x64x64, on a GPU 16x128x128)")
+    demo.add_argument(
+        "--size", type=size_argument, help="FxHxW in pixels (default: 16x64x64, on a GPU 16x128x128)"
+    )
     demo.add_argument("--density", type=float, default=0.25, help="share of the attention computed exactly")
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--prompt", default=PROMPT, help="default: %(default)s")

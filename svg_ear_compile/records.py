@@ -68,7 +68,9 @@ class GraphRecord:
     """One compiled graph.
 
     other_attention: targets of nodes that look like attention but are no SDPA call. failure: the error that
-    made us hand the graph on untouched. clock: what the step clock reads. fallbacks: at run time, by reason.
+    made us hand the graph on untouched. clock: what the step clock reads. steps: what it says now. grid:
+    (frames, height, width) in tokens, where only the arguments of a call show it. fallbacks: at run time, by
+    reason. totals: per device and thread, the sums that the ops keep.
     """
 
     number: int
@@ -78,6 +80,7 @@ class GraphRecord:
     failure: str | None = None
     clock: str = ""
     steps: str = ""
+    grid: tuple[int, int, int] | None = None
     sparse: Counter[int] = field(default_factory=Counter)
     dense: dict[int, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     fallbacks: Counter[str] = field(default_factory=Counter)

@@ -81,6 +81,7 @@ class Report:
                     "other_attention": graph.other_attention,
                     "clock": graph.clock,
                     "steps": graph.steps,
+                    "grid": graph.grid,
                     "fallbacks": dict(graph.fallbacks),
                     "sites": sites,
                 }
@@ -157,6 +158,8 @@ class Report:
                 f"with padding, {t['mean_density']:.3f} over all calls"
             )
         lines += [f"fallbacks: {count} x {reason}" for reason, count in t["fallbacks"].items()]
+        grids = {g.grid: g for g in self.graphs if g.grid}
+        lines += [f"frame grid: {t} x {h} x {w}, read off the rotary tables" for t, h, w in grids]
         return lines + list(dict.fromkeys(f"steps: {g.clock}; {g.steps}" for g in self.graphs if g.steps))
 
 

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(
-    0, str(Path(__file__).parent)
-)  # with --import-mode=importlib, tests find toy.py by this alone
+# For toy.py: --import-mode=importlib adds nothing to the path.
+sys.path.insert(0, str(Path(__file__).parent))
 
 from toy import ToyInputs, ToyVideo
+
+from svg_ear_compile.backend import reset
 
 
 @pytest.fixture
@@ -27,14 +28,21 @@ def toy_inputs() -> ToyInputs:
     return ToyInputs()
 
 
+@pytest.fixture(scope="session")
+def inductor_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all tests of a run: none needs it warm, but headers are precompiled once only."""
+    return tmp_path_factory.mktemp("inductor")
+
+
 @pytest.fixture
-def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """No graph compiled before, no Inductor cache, no SVG_EAR variables, no gradients."""
+def fresh(monkeypatch: pytest.MonkeyPatch, inductor_cache: Path) -> Iterator[None]:
+    """No graph compiled before, no Inductor cache but this run's, no SVG_EAR variables, no gradients."""
     for name in list(os.environ):
         if name.startswith("SVG_EAR"):
             monkeypatch.delenv(name)
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(inductor_cache))
     torch._dynamo.reset()
+    reset()  # torch only calls it where torch.compile named the backend
     with torch.no_grad():
         yield
     torch._dynamo.reset()

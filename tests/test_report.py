@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from svg_ear_compile.kernels.context import SiteTotals
 
 from svg_ear_compile import announce, records, reports
+from svg_ear_compile.kernels.context import SiteTotals
 from svg_ear_compile.records import GraphRecord, SiteRecord
 from svg_ear_compile.settings import resolve
 

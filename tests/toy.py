@@ -1,10 +1,14 @@
-"""A small video transformer: 5-D clips, self and cross attention, a timestep."""
+"""A small video transformer: 5-D clips, self and cross attention, a timestep; and how tests compile it."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+import svg_ear_compile
 
 
 class ToyAttention(nn.Module):
@@ -67,3 +71,17 @@ class ToyInputs:
         g = torch.Generator().manual_seed(seed)
         clip = torch.randn(1, 3, frames, size, size, generator=g)
         return clip, torch.tensor([float(timestep)]), torch.randn(1, 7, 32, generator=g)
+
+
+SPARSE = {"min_tokens": 64, "strict": True, "dense_steps": 0, "dense_layers": 0}
+"""Every self attention sparse in every call."""
+EAGER = {**SPARSE, "inner": "eager"}
+
+
+def compiled(model: nn.Module, options: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+    return torch.compile(model, backend="svg_ear", options=options, **kwargs)
+
+
+def calls() -> tuple[int, dict[str, int]]:
+    totals = svg_ear_compile.report().totals()
+    return totals["sparse_calls"], totals["dense_calls"]

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+
 from svg_ear_compile.kernels import context, ops, reference  # noqa: F401 - ops registers torch.ops.svg_ear
 from svg_ear_compile.kernels.plan import Plan
-from torch import Tensor
 
 sys.path.append(str(Path(__file__).parents[1] / "kernels"))
 from plans import random_plan

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from svg_ear_compile.kernels.plan import KEY_BLOCK, QUERY_BLOCK, Plan, block_counts
 from torch import Tensor
+
+from svg_ear_compile.kernels.plan import KEY_BLOCK, QUERY_BLOCK, Plan, block_counts
 
 UNSPECIFIED = -1  # in kept_blocks from kept_count on
 

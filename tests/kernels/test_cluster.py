@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+
 from svg_ear_compile.kernels import cluster, kmeans
 from svg_ear_compile.kernels.plan import KEY_BLOCK, QUERY_BLOCK, block_counts
-from torch import Tensor
 
 CPU = torch.device("cpu")
 ORDERS = ("cubes", "splits", "kmeans")
@@ -178,19 +179,29 @@ def test_masked_keys_are_in_no_block(order: str, text_first: bool) -> None:
         assert torch.equal(state[:2], state_again[:2])
 
 
-@pytest.mark.parametrize("order", ["splits", "kmeans"])
-def test_a_mask_equals_leaving_the_tokens_out(order: str) -> None:
+def test_masked_tokens_do_not_move_the_clusters() -> None:
     x = tokens(1, 2, 273, 16)
     valid = (torch.arange(273) % 3 != 1)[None]
-    kept = valid[0].nonzero()[:, 0]
-    carried = None if order == "splits" else x[:, :, kept[:6]].clone()
-    few, _ = make(x[:, :, kept], order, carried=carried, grid=None)
-    many, _ = make(x, order, valid=valid, carried=carried, grid=None)
-    if order == "kmeans":
-        assert torch.equal(few.offsets, many.offsets)
-        assert torch.equal(kept[few.order.long()], many.order[..., : len(kept)].long())
-    else:  # other tile counts, other segments: the same only as to form
-        assert (many.offsets[..., -1] == len(kept)).all()
+    left = valid[0].nonzero()[:, 0]
+    carried = x[:, :, left[:6]].clone()
+    few, _ = make(x[:, :, left], "kmeans", carried=carried, grid=None)
+    many, _ = make(x, "kmeans", valid=valid, carried=carried, grid=None)
+    assert torch.equal(few.offsets, many.offsets)
+    assert torch.equal(left[few.order.long()], many.order[..., : len(left)].long())
+
+
+def test_masked_tokens_do_not_move_the_splits() -> None:
+    """Two tight clusters of 64, and masked tokens anywhere, between and around them."""
+    x = torch.zeros(1, 1, 256, 4)
+    x[..., 0] = torch.tensor([-1.0, 1.0]).repeat(128)
+    x += 0.01 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    valid = (torch.arange(256) // 2 % 2 == 0)[None]
+    x[:, :, ~valid[0]] = 100 * torch.randn(128, 4, generator=torch.Generator().manual_seed(1))
+    order = cluster.splits(x, valid, 64)[0, 0]
+    assert valid[0, order[:128]].all()
+    assert not valid[0, order[128:]].any()
+    blocks = (order[:128] % 2).view(2, 64)
+    assert (blocks == blocks[:, :1]).all()
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -206,7 +217,7 @@ def test_equal_tokens_keep_their_order(order: str) -> None:
 def test_nan_and_inf_stay_in_their_head(order: str, bad: float) -> None:
     x = tokens(2, 3, 273, 16)
     good, good_state = make(x, order, grid=None)
-    x[1, 2, 100, 5] = bad
+    x[1, 2, [100, 272], 5] = bad
     blocks, state = make(x, order, grid=None)
     assert is_permutation(blocks.order)
     assert (blocks.offsets[..., -1] == 273).all()
@@ -263,6 +274,15 @@ def test_empty_clusters_keep_their_centroids() -> None:
     assert state is not None
     assert (blocks.offsets.diff()[..., 2] == 0).all()
     assert torch.equal(state[:, :, 2], carried[:, :, 2])
+
+
+def test_a_carried_nan_swallows_no_tokens() -> None:
+    x = tokens(1, 2, 273, 16)
+    carried = x[:, :, :6].clone()
+    carried[0, 0, 3] = torch.nan
+    blocks, _ = make(x, "kmeans", carried=carried)
+    clean, _ = make(x, "kmeans", carried=carried.nan_to_num(0))
+    assert torch.equal(blocks.order, clean.order)
 
 
 def test_carried_centroids_of_another_shape_are_dropped() -> None:

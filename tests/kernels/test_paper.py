@@ -10,8 +10,9 @@ import math
 
 import pytest
 import torch
-from svg_ear_compile.kernels import cluster, kmeans, permute, probe, route
 from torch import Tensor
+
+from svg_ear_compile.kernels import cluster, kmeans, permute, probe, route
 
 QUERY_CLUSTERS, KEY_CLUSTERS = 9, 21
 DIM = 12

@@ -7,8 +7,9 @@ import math
 
 import pytest
 import torch
-from svg_ear_compile.kernels import permute, probe
 from torch import Tensor
+
+from svg_ear_compile.kernels import permute, probe
 
 EPS = torch.finfo(torch.float32).eps
 ROUTINGS = ("output_error", "svg_ear")

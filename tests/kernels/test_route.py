@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from svg_ear_compile.kernels import cluster, permute, probe, route
-from svg_ear_compile.kernels.plan import block_counts
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from svg_ear_compile.kernels import cluster, permute, probe, route
+from svg_ear_compile.kernels.plan import block_counts
 
 ROUTINGS = ("output_error", "svg_ear")
 
@@ -158,9 +159,14 @@ def test_an_unknown_error_is_exact_and_costs_nobody_anything(routing: str, densi
     unknown = broken[0].isnan() & ~case.empty & (case.query_sizes > 0)[..., None]
     assert kept[unknown].all()
     assert torch.equal(kept[1], case.kept(routing, density)[1]), "the other batch element has its own budget"
+    if density is None:  # what top-p would keep of an unknown head is given to nobody else
+        gone = Case()
+        gone.query_sizes[0, 2] = 0
+        assert torch.equal(kept[0, 0], gone.kept(routing, None, probe.Scores(*broken))[0, 0])
+        return
     # The others share the whole budget, as if the unknown blocks were the worst.
     worst = [x.masked_fill(broken[0].isnan(), -torch.inf) for x in case.scores]
-    if routing == "output_error" and density is not None:
+    if routing == "output_error":
         rest = case.kept(routing, density, probe.Scores(*worst))
         assert (kept[0] | unknown[0]).ge(rest[0]).all()
         area = case.area(kept & ~unknown)[0]

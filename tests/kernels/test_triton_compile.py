@@ -16,8 +16,8 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from svg_ear_compile.kernels import triton_attention  # noqa: E402
-from svg_ear_compile.kernels.triton_configs import config_for  # noqa: E402
+from svg_ear_compile.kernels import triton_attention, triton_permute, triton_probe  # noqa: E402
+from svg_ear_compile.kernels.triton_configs import config_for, probe_config_for  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 pytestmark = [
@@ -25,40 +25,49 @@ pytestmark = [
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"),
 ]
 
+EVERYTHING = os.environ.get("SVG_EAR_TEST_ALL_CONFIGS") == "1"
 KILOBYTES = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
 STREAMS = {"attend": (True, True), "sparse_exact": (True, False), "centroid_compensation": (False, True)}
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-TENSORS = ("query", "exact", "out")
+OF_THE_INPUT = ("query", "exact", "out", "query_centroids", "x")
 KEYS = {"key": "BLOCK_N", "value": "BLOCK_N", "key_centroids": "BLOCK_C", "value_centroids": "BLOCK_C"}
+FLOATS = ("bias", "lse", "center", "error", "tops", "means")
+NUMBERS = ("H", "L", "C", "Cq", "Ck", "tiles")
 
 
-def compiled(capability, head_dim, dtype, variable, streams):
-    """The kernel as `_launch` would compile it, for tensors aligned to 16 bytes."""
+def compiled(kernel, capability, dtype, options):
+    """The kernel as its launch would compile it, for tensors aligned to 16 bytes."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    c = config_for(capability, head_dim, dtype, variable)
-    options = triton_attention.meta(c, head_dim, dtype, variable, *STREAMS[streams])
+    options = dict(options)
     launch = {name: options.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion")}
     element, signature, constants, attributes = NAMES[dtype], {}, {}, {}
-    for i, name in enumerate(triton_attention.attention_kernel.arg_names):
+    for i, name in enumerate(kernel.arg_names):
         if name in options:
             signature[name], constants[(i,)] = "constexpr", options[name]
-        elif name in KEYS and c.tma:
-            signature[name] = f"tensordesc<{element}[1, {options[KEYS[name]]}, {options['BLOCK_D']}]>"
-        elif name in KEYS or name in TENSORS:
+        elif name in KEYS and KEYS[name] in options:
+            tile = f"tensordesc<{element}[1, {options[KEYS[name]]}, {options['BLOCK_D']}]>"
+            signature[name] = tile if options["TMA"] else f"*{element}"
+        elif name in OF_THE_INPUT:
             signature[name] = f"*{element}"
         elif name == "scale":
             signature[name] = "fp32"
-        elif name in ("bias", "lse"):
+        elif name in FLOATS or name in KEYS:
             signature[name] = "*fp32"
         else:
-            signature[name] = "i32" if "stride" in name or name in ("H", "L", "Cq", "Ck", "tiles") else "*i32"
+            signature[name] = "i32" if "stride" in name or name in NUMBERS else "*i32"
         if "stride" in name or signature[name][0] == "*":
             attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(triton_attention.attention_kernel, signature, constants, attributes)
+    source = ASTSource(kernel, signature, constants, attributes)
     target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
     return triton.compile(source, target=target, options=launch)
+
+
+def compiled_attention(capability, head_dim, dtype, variable, streams):
+    c = config_for(capability, head_dim, dtype, variable)
+    options = triton_attention.meta(c, head_dim, dtype, variable, *STREAMS[streams])
+    return compiled(triton_attention.attention_kernel, capability, dtype, options)
 
 
 def resources(kernel, folder: Path) -> dict[str, int]:
@@ -71,14 +80,13 @@ def resources(kernel, folder: Path) -> dict[str, int]:
 
 
 def cases():
-    everything = os.environ.get("SVG_EAR_TEST_ALL_CONFIGS") == "1"
     for capability in KILOBYTES:
-        for head_dim in (16, 32, 64, 96, 128, 192, 256) if everything else (64, 128):
-            for dtype in NAMES if everything else (torch.bfloat16,):
+        for head_dim in (16, 32, 64, 96, 128, 192, 256) if EVERYTHING else (64, 128):
+            for dtype in NAMES if EVERYTHING else (torch.bfloat16,):
                 for variable in (False, True):
-                    for streams in STREAMS if everything else ("attend",):
+                    for streams in STREAMS if EVERYTHING else ("attend",):
                         short = capability in ((8, 6), (8, 9)) or (variable and capability != (9, 0))
-                        if everything or not short or (head_dim == 128 and not variable):
+                        if EVERYTHING or not short or (head_dim == 128 and not variable):
                             yield capability, head_dim, dtype, variable, streams
 
 
@@ -89,26 +97,43 @@ def _own_cache(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("capability", "head_dim", "dtype", "variable", "streams"), list(cases()), ids=str)
 def test_configuration(tmp_path, capability, head_dim, dtype, variable, streams):
-    kernel = compiled(capability, head_dim, dtype, variable, streams)
+    kernel = compiled_attention(capability, head_dim, dtype, variable, streams)
+    check(kernel, tmp_path, capability, dtype)
+
+
+def check(kernel, tmp_path, capability, dtype):
     assert kernel.metadata.shared <= KILOBYTES[capability] * 1024
     used = resources(kernel, tmp_path)
-    print(
-        capability,
-        head_dim,
-        dtype,
-        "clusters" if variable else "tiles",
-        streams,
-        used,
-        kernel.metadata.shared,
-    )
+    print(used, kernel.metadata.shared)
     if dtype != torch.float32:  # three TF32 products spill; float32 is supported, not fast
         assert used["STACK"] == 0
         assert used["LOCAL"] == 0
 
 
+@pytest.mark.parametrize("one_tile", [True, False], ids=["tiles", "clusters"])
+@pytest.mark.parametrize("routing", ["output_error", "svg_ear"])
+@pytest.mark.parametrize("capability", KILOBYTES, ids=str)
+def test_probe(tmp_path, capability, routing, one_tile):
+    for head_dim in (16, 64, 96, 128, 192, 256) if EVERYTHING else (128,):
+        for dtype in NAMES if EVERYTHING else (torch.bfloat16,):
+            c = probe_config_for(capability, head_dim, dtype)
+            options = triton_probe.meta(c, head_dim, dtype, one_tile, routing == "output_error")
+            check(
+                compiled(triton_probe.probe_kernel, capability, dtype, options), tmp_path, capability, dtype
+            )
+
+
+@pytest.mark.parametrize("capability", KILOBYTES, ids=str)
+def test_gather(tmp_path, capability):
+    for store in (True, False):
+        options = triton_permute.meta(128, store)
+        kernel = compiled(triton_permute.gather_kernel, capability, torch.bfloat16, options)
+        check(kernel, tmp_path, capability, torch.bfloat16)
+
+
 def test_hopper_uses_its_own_instructions():
     """The hot configuration: asynchronous matrix products, tiles by TMA, three of them in flight."""
-    kernel = compiled((9, 0), 128, torch.bfloat16, False, "attend")
+    kernel = compiled_attention((9, 0), 128, torch.bfloat16, False, "attend")
     assert "wgmma.mma_async" in kernel.asm["ptx"]
     assert "cp.async.bulk.tensor" in kernel.asm["ptx"]
     assert "3x64x128xbf16" in kernel.asm["ttgir"]

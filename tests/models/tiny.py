@@ -1,7 +1,7 @@
 """Tiny configurations of real diffusers and transformers classes, with arguments for one call of each.
 
-Two heads of 16 or 32, one or two layers, a few dozen tokens, seeded weights. `build(name)` gives the model and
-a function that makes its arguments for a video size, so that one model can be called at several.
+Two heads of 16 or 32, one or two layers, a few dozen tokens, seeded weights. `build(name)` gives the model
+and a function that makes its arguments for a video size, so that one model can be called at several.
 """
 
 from __future__ import annotations
@@ -46,7 +46,10 @@ def wan_i2v() -> tuple[nn.Module, Callable[..., Arguments]]:
     from diffusers import WanTransformer3DModel
 
     def arguments(f: int, h: int, w: int, batch: int = 1) -> Arguments:
-        text = {"encoder_hidden_states": noise(batch, 512, 16), "encoder_hidden_states_image": noise(batch, 5, 16)}
+        text = {
+            "encoder_hidden_states": noise(batch, 512, 16),
+            "encoder_hidden_states_image": noise(batch, 5, 16),
+        }
         return _wan_arguments(f, h, w, batch) | text
 
     return WanTransformer3DModel(**_wan_config(), image_dim=16, added_kv_proj_dim=64), arguments
@@ -100,13 +103,14 @@ def hunyuan_video15() -> tuple[nn.Module, Callable[..., Arguments]]:
 
     model = HunyuanVideo15Transformer3DModel(
         in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=2,
-        num_refiner_layers=1, text_embed_dim=16, text_embed_2_dim=8, image_embed_dim=8, rope_axes_dim=(4, 6, 6),
+        num_refiner_layers=1, text_embed_dim=16, text_embed_2_dim=8, image_embed_dim=8,
+        rope_axes_dim=(4, 6, 6),
     )  # fmt: skip
 
     def arguments(f: int, h: int, w: int, batch: int = 1) -> Arguments:
         return {
             "hidden_states": noise(batch, 4, f, h, w),
-            "timestep": torch.full((batch,), 500),
+            "timestep": torch.full((batch,), 500.0),
             "encoder_hidden_states": noise(batch, TEXT, 16),
             "encoder_attention_mask": torch.arange(TEXT).expand(batch, TEXT) < 5,
             "encoder_hidden_states_2": noise(batch, 6, 8),
@@ -166,15 +170,15 @@ def allegro() -> tuple[nn.Module, Callable[..., Arguments]]:
     )  # fmt: skip
 
     def arguments(f: int, h: int, w: int, batch: int = 1) -> Arguments:
-        rope, grid = get_3d_rotary_pos_embed_allegro(24, ((0, 0), (h, w)), (h, w), f, device="cpu"), None
-        t_h_w, grid = rope[0], rope[1]
+        freqs = get_3d_rotary_pos_embed_allegro(24, ((0, 0), (h, w)), (h, w), f, device="cpu")
+        grid = torch.cartesian_prod(*freqs[3:]).T.reshape(3, 1, -1).long()
         return {
             "hidden_states": noise(batch, 4, f, 2 * h, 2 * w),
             "encoder_hidden_states": noise(batch, TEXT, 16),
             "timestep": torch.full((batch,), 500),
             "attention_mask": torch.ones(batch, f, 2 * h, 2 * w),
             "encoder_attention_mask": torch.ones(batch, TEXT),
-            "image_rotary_emb": (t_h_w, grid),
+            "image_rotary_emb": (freqs[:3], tuple(grid)),
         }
 
     return model, arguments
@@ -184,9 +188,9 @@ def cosmos() -> tuple[nn.Module, Callable[..., Arguments]]:
     from diffusers import CosmosTransformer3DModel
 
     model = CosmosTransformer3DModel(
-        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=2, text_embed_dim=16,
-        adaln_lora_dim=4, max_size=(4, 32, 32), patch_size=(1, 2, 2), rope_scale=(2.0, 1.0, 1.0),
-        concat_padding_mask=True, extra_pos_embed_type="learnable",
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=2,
+        text_embed_dim=16, adaln_lora_dim=4, max_size=(4, 32, 32), patch_size=(1, 2, 2),
+        rope_scale=(2.0, 1.0, 1.0), concat_padding_mask=False, extra_pos_embed_type="learnable",
     )  # fmt: skip
 
     def arguments(f: int, h: int, w: int, batch: int = 1) -> Arguments:
@@ -196,7 +200,6 @@ def cosmos() -> tuple[nn.Module, Callable[..., Arguments]]:
             "encoder_hidden_states": noise(batch, TEXT, 16),
             "attention_mask": torch.ones(batch, TEXT),
             "fps": 30,
-            "padding_mask": torch.zeros(1, 1, 2 * h, 2 * w),
         }
 
     return model, arguments
@@ -253,8 +256,8 @@ def easyanimate() -> tuple[nn.Module, Callable[..., Arguments]]:
     from diffusers import EasyAnimateTransformer3DModel
 
     model = EasyAnimateTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, patch_size=2, sample_width=16,
-        sample_height=16, num_layers=2, mmdit_layers=2, time_embed_dim=8, text_embed_dim=16,
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, patch_size=2,
+        sample_width=16, sample_height=16, num_layers=2, mmdit_layers=2, time_embed_dim=8, text_embed_dim=16,
     )  # fmt: skip
 
     def arguments(f: int, h: int, w: int, batch: int = 1) -> Arguments:
@@ -327,7 +330,9 @@ def video_vae() -> tuple[nn.Module, Callable[..., Arguments]]:
 
         def __init__(self) -> None:
             super().__init__()
-            vae = AutoencoderKLWan(base_dim=16, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False])
+            vae = AutoencoderKLWan(
+                base_dim=16, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False]
+            )
             self.attention = vae.decoder.mid_block
 
         def forward(self, sample: Tensor) -> Tensor:
@@ -357,7 +362,12 @@ def vit() -> tuple[nn.Module, Callable[..., Arguments]]:
     from transformers import ViTConfig, ViTModel
 
     config = ViTConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=2
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=16,
+        patch_size=2,
     )
 
     def arguments(f: int, h: int, w: int, batch: int = 1) -> Arguments:
@@ -367,8 +377,8 @@ def vit() -> tuple[nn.Module, Callable[..., Arguments]]:
 
 
 BUILDERS = (
-    wan, wan_i2v, cogvideox, hunyuan_video, hunyuan_video15, ltx, mochi, allegro, cosmos, kandinsky5, skyreels_v2,
-    latte, easyanimate, motif_video, flux, image_vae, video_vae, llama, vit,
+    wan, wan_i2v, cogvideox, hunyuan_video, hunyuan_video15, ltx, mochi, allegro, cosmos, kandinsky5,
+    skyreels_v2, latte, easyanimate, motif_video, flux, image_vae, video_vae, llama, vit,
 )  # fmt: skip
 
 

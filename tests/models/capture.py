@@ -1,0 +1,106 @@
+"""Backends for tests: one that keeps what the passes say of each graph, and runs it rewritten or as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from svg_ear_compile.passes.classify import classify
+from svg_ear_compile.passes.inputs import read_inputs
+from svg_ear_compile.passes.merge import merge
+from svg_ear_compile.passes.rewrite import rewrite
+from svg_ear_compile.passes.site import GraphInputs, Site
+
+
+@dataclass
+class Knobs:
+    """The settings that passes read, for tiny models."""
+
+    density: float | None = 1.0
+    min_tokens: int = 1
+    sites: tuple[str, ...] = ()
+    order: str = "auto"
+    routing: str = "output_error"
+    compensate: bool = True
+    seed: int = 0
+    merge: bool = True
+
+
+@dataclass
+class Captured:
+    """One graph: the module (rewritten or not), its graph as Dynamo made it, and what the passes found."""
+
+    gm: fx.GraphModule
+    graph: fx.Graph
+    example_inputs: list[Any]
+    sites: list[Site]
+    inputs: GraphInputs
+    placeholders: list[str]
+
+
+@dataclass
+class Backend:
+    """A torch.compile backend. inner: what runs a graph at last, by default its own forward."""
+
+    knobs: Knobs = field(default_factory=Knobs)
+    rewrites: bool = False
+    inner: Callable[[fx.GraphModule, list[Any]], Any] = field(default=lambda gm, _: gm.forward)
+    captured: list[Captured] = field(default_factory=list)
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: list[Any], **_: Any) -> Any:
+        graph, sites = gm.graph, classify(gm, self.knobs, example_inputs)
+        names = [node.name for node in graph.find_nodes(op="placeholder")]
+        self.captured.append(Captured(gm, graph, example_inputs, sites, read_inputs(gm, sites), names))
+        if self.rewrites:
+            new = rewrite(gm, sites, self.knobs)
+            if self.knobs.merge:
+                merge(new)
+            gm.graph = new
+        return self.inner(gm, example_inputs)
+
+    @property
+    def sites(self) -> list[Site]:
+        return [site for captured in self.captured for site in captured.sites]
+
+
+@contextmanager
+def fresh_dynamo() -> Iterator[None]:
+    """No compiled code from before, and none left behind; no gradients."""
+    torch._dynamo.reset()
+    with torch.no_grad():
+        yield
+    torch._dynamo.reset()
+
+
+def compiled(model: nn.Module, backend: Backend, regional: bool = False, dynamic: bool | None = None) -> Any:
+    """The model, compiled as a whole or block class by block class, as a user would."""
+    if not regional:
+        return torch.compile(model, backend=backend, dynamic=dynamic)
+    model.compile_repeated_blocks(backend=backend, fullgraph=True, dynamic=dynamic)
+    return model
+
+
+def capture(model: nn.Module, *calls: dict[str, Any], **how: Any) -> Backend:
+    """What the passes say about the graphs of these calls, which run as they are."""
+    backend = Backend(how.pop("knobs", None) or Knobs())
+    with fresh_dynamo():
+        run = compiled(model, backend, **how)
+        for arguments in calls:
+            run(**arguments)
+    return backend
+
+
+def described(site: Site) -> str:
+    """A site in one line, for tables of expectations."""
+    layout = site.layout
+    words = [site.module_path, site.kind, site.verdict.reason.name]
+    if layout.text_hint:
+        words.append(f"text={layout.text_hint} {'first' if layout.text_first else 'last'}")
+    if layout.grid_hint:
+        words.append("x".join(map(str, layout.grid_hint)))
+    return " ".join(words)

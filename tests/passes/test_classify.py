@@ -1,0 +1,168 @@
+"""Each reason to stay dense is given where it applies, and only there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models.graphs import captured, heads, tokens, video
+from torch import Tensor
+
+from svg_ear_compile.passes.classify import named
+from svg_ear_compile.passes.site import Reason, Site
+
+
+def site_of(function: Callable[..., Any], *args: Tensor, **how: Any) -> Site:
+    return captured(function, *args, **how).sites[-1]
+
+
+def self_attention(**arguments: Any) -> Callable[[Tensor], Tensor]:
+    def f(clip: Tensor) -> Tensor:
+        x = heads(tokens(clip))
+        return F.scaled_dot_product_attention(x, x, x, **arguments)
+
+    return f
+
+
+def masked(make: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def f(clip: Tensor) -> Tensor:
+        x = heads(tokens(clip))
+        return F.scaled_dot_product_attention(x, x, x, attn_mask=make(x))
+
+    return f
+
+
+def test_self_attention_over_video() -> None:
+    site = site_of(self_attention(), video())
+    assert site.verdict.rewrite
+    assert str(site.verdict) == "self attention over video tokens (frames of the 5-D input clip)"
+    assert (site.batch, site.heads, site.head_dim, site.q_len, site.dtype) == (1, 2, 16, 72, "float32")
+
+
+@pytest.mark.parametrize(
+    ("function", "clip", "reason"),
+    [
+        (self_attention(dropout_p=0.1), video(), Reason.DROPOUT),
+        (self_attention(is_causal=True), video(), Reason.CAUSAL),
+        (self_attention(), video(16), Reason.HEAD_DIM),
+        (self_attention(), video(1024), Reason.HEAD_DIM),
+        (self_attention(), video().double(), Reason.DTYPE),
+        (lambda clip: F.scaled_dot_product_attention(*[tokens(clip)] * 3), video(), Reason.RANK),
+        (masked(lambda x: torch.zeros(1, 1, 72, 72)), video(), Reason.MASK_FLOAT),
+        (masked(lambda x: torch.zeros(1, 1, 1, 72)), video(), Reason.MASK_FLOAT),
+        (masked(lambda x: torch.ones(72, 72, dtype=torch.bool).tril()), video(), Reason.MASK),
+        (masked(lambda x: torch.ones(1, 2, 1, 72, dtype=torch.bool)), video(), Reason.MASK),
+        (masked(lambda x: torch.ones(1, 1, 1, 1, dtype=torch.bool)), video(), Reason.MASK),
+    ],
+)
+def test_what_the_kernels_cannot_do(function: Callable[..., Any], clip: Tensor, reason: Reason) -> None:
+    site = site_of(function, clip)
+    assert (site.verdict.rewrite, site.verdict.reason) == (False, reason)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_key_padding_is_supported(batch: int) -> None:
+    site = site_of(
+        masked(lambda x: torch.ones(batch, 1, 1, 72, dtype=torch.bool)), video().expand(batch, -1, -1, -1, -1)
+    )
+    assert site.verdict.rewrite
+    assert site.mask == f"key padding [{batch},1,1,72] bool"
+
+
+def test_grouped_queries() -> None:
+    def f(clip: Tensor) -> Tensor:
+        x = tokens(clip)
+        return F.scaled_dot_product_attention(
+            heads(x, 2), heads(x[..., :16], 1), heads(x[..., :16], 1), enable_gqa=True
+        )
+
+    assert site_of(f, video()).verdict.reason is Reason.GQA
+
+
+def test_equal_lengths_are_no_self_attention() -> None:
+    def f(clip: Tensor, other: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(heads(tokens(clip)), *[heads(tokens(other))] * 2)
+
+    site = site_of(f, video(), video())
+    assert (site.kind, site.verdict.reason) == ("cross", Reason.CROSS)
+
+
+def test_keys_of_one_input_and_values_of_another_are_cross_attention() -> None:
+    def f(clip: Tensor, other: Tensor) -> Tensor:
+        x = heads(tokens(clip))
+        return F.scaled_dot_product_attention(x, x, heads(tokens(other)))
+
+    assert site_of(f, video(), video()).kind == "cross"
+
+
+def test_lost_tokens_are_unknown_unless_named() -> None:
+    def f(clip: Tensor) -> Tensor:
+        x = tokens(clip)
+        q, k = (heads(x.repeat(1, 2, 1)) for _ in range(2))
+        return F.scaled_dot_product_attention(q, k, k)
+
+    assert site_of(f, video()).verdict.reason is Reason.UNKNOWN_TOKENS
+    assert site_of(f, video(), sites=("*",)).verdict.rewrite
+
+
+def test_images_need_many_tokens() -> None:
+    def f(picture: Tensor) -> Tensor:
+        x = heads(picture.flatten(2).transpose(1, 2))
+        return F.scaled_dot_product_attention(x, x, x)
+
+    picture = torch.randn(1, 32, 8, 8)
+    assert site_of(f, picture).verdict.reason is Reason.NO_SIGN_OF_VIDEO
+    assert site_of(f, picture, sites=("*",)).verdict.rewrite
+    assert site_of(f, torch.randn(1, 32, 128, 128)).verdict.rewrite
+
+
+def test_gradients_keep_a_site_dense() -> None:
+    from models.capture import Backend
+
+    torch._dynamo.reset()
+    backend = Backend()
+    torch.compile(self_attention(), backend=backend)(video().requires_grad_())
+    torch._dynamo.reset()
+    assert [site.verdict.reason for site in backend.sites] == [Reason.GRAD]
+
+
+def test_no_guards_are_installed() -> None:
+    graph = captured(self_attention(), video(), dynamic=True)
+    site = graph.sites[0]
+    assert isinstance(site.q_len, str)
+    query = next(node for node in graph.graph.nodes if node is site.node).args[0]
+    env = query.meta["example_value"].shape[2].node.shape_env
+    before = len(env.guards)
+    from models.capture import Knobs
+
+    from svg_ear_compile.passes.classify import classify
+
+    classify(graph.gm, Knobs(), graph.example_inputs)
+    assert len(env.guards) == before
+
+
+@pytest.mark.parametrize(
+    ("path", "pattern", "matches"),
+    [
+        ("blocks.7.attn1", "blocks.*.attn1", True),
+        ("blocks.7.attn1", "*attn1", True),
+        ("blocks.7.attn1", "attn1", False),
+        ("blocks.7.attn1", "blocks.?.attn2", False),
+        ("blocks.17.attn1", "blocks.?.attn1", False),
+        ("attn1", "blocks.*.attn1", True),  # the graph of one block
+        ("attn2", "blocks.*.attn1", False),
+        ("", "*", True),
+    ],
+)
+def test_patterns_of_sites(path: str, pattern: str, matches: bool) -> None:
+    assert named(path, (pattern,)) is matches
+
+
+def test_every_reason_is_a_sentence() -> None:
+    for reason in Reason:
+        assert reason.sentence
+        assert not reason.sentence.endswith(".")
+        assert isinstance(reason.hint, str)

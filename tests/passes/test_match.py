@@ -1,0 +1,91 @@
+"""Every SDPA call is found, whatever its style, with its module and what was forced around it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models.graphs import captured
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
+
+from svg_ear_compile.passes.match import match, readable_path
+
+Q = torch.randn(1, 2, 16, 16)
+
+
+def test_both_styles_of_calls() -> None:
+    def f(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        a = F.scaled_dot_product_attention(query=q, key=k, value=v, attn_mask=None, dropout_p=0.0, scale=0.5)
+        return F.scaled_dot_product_attention(a, k, v, is_causal=True)
+
+    first, second = match(captured(f, Q, Q + 1, Q + 2).graph).calls
+    assert [n.name for n in (first.query, first.key, first.value)] == ["l_q_", "l_k_", "l_v_"]
+    assert (first.attn_mask, first.dropout_p, first.is_causal, first.scale, first.enable_gqa) == (
+        None, 0.0, False, 0.5, False,
+    )  # fmt: skip
+    assert (second.query, second.is_causal, second.scale) == (first.node, True, None)
+
+
+def test_module_path_and_class() -> None:
+    class Attention(nn.Module):
+        def forward(self, q: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(q, q, q)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.Sequential(Attention()), nn.Sequential(Attention())])
+
+        def forward(self, q: Tensor) -> Tensor:
+            for block in self.blocks:
+                q = block(q)
+            return q
+
+    calls = match(captured(Model(), Q).graph).calls
+    assert [call.module_path for call in calls] == ["blocks.0.0", "blocks.1.0"]
+    assert all(call.module_classes[-1].endswith("Attention") for call in calls)
+
+
+@pytest.mark.parametrize(
+    ("path", "readable"),
+    [
+        ("L['self'].__dict__['_modules']['blocks'].0.attn1", "blocks.0.attn1"),
+        ("L['self'].attn1", "attn1"),
+        ("L['self']._modules['a']._modules['b']", "a.b"),
+        ("L['self']", ""),
+        ("L['model'].layers[0].attn", "layers.0.attn"),
+        ("L['fn'].self.net", "self.net"),
+    ],
+)
+def test_readable_path(path: str, readable: str) -> None:
+    assert readable_path(path) == readable
+
+
+def test_forced_backends_end_with_their_context() -> None:
+    def f(q: Tensor) -> Tensor:
+        a = F.scaled_dot_product_attention(q, q, q)
+        with sdpa_kernel([SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION]):
+            b = F.scaled_dot_product_attention(a, q, q)
+        return F.scaled_dot_product_attention(b, q, q)
+
+    graph = captured(f, Q)
+    assert [call.forced_backend for call in match(graph.graph).calls] == ["", "MATH, EFFICIENT_ATTENTION", ""]
+    assert graph.sites[1].verdict.reason.name == "FORCED_BACKEND"
+
+
+def test_other_attention_is_named() -> None:
+    def f(q: Tensor) -> Any:
+        return flex_attention(q, q, q)
+
+    found = match(captured(f, Q).graph)
+    assert found.calls == ()
+    assert found.others == ("flex_attention",)
+
+
+def test_nothing_to_find() -> None:
+    found = match(captured(lambda q: q.softmax(-1), Q).graph)
+    assert (found.calls, found.others) == ((), ())

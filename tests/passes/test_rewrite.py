@@ -1,0 +1,138 @@
+"""The new graph calls the ops where attention stood; the old one is left alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models.capture import Captured, Knobs
+from models.graphs import captured, heads, tokens, video
+from torch import Tensor, fx
+
+from svg_ear_compile.kernels.ops import SiteConstants
+from svg_ear_compile.passes.match import SDPA
+from svg_ear_compile.passes.merge import merge
+from svg_ear_compile.passes.rewrite import rewrite
+
+OPS = torch.ops.svg_ear
+
+
+def joint(hidden_states: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+    x = heads(torch.cat([encoder_hidden_states, tokens(hidden_states)], 1))
+    return F.scaled_dot_product_attention(x, x * 2, x * 3, scale=0.5).transpose(1, 2).flatten(2)
+
+
+def joint_graph(dynamic: bool | None = None) -> Captured:
+    return captured(joint, video(), torch.randn(1, 5, 32), dynamic=dynamic)
+
+
+def targets(graph: fx.Graph) -> list[Any]:
+    ours = (OPS.clustered_permute, OPS.sparse_exact, OPS.centroid_compensation, OPS.attention)
+    known = {op.default: op._qualified_op_name for op in ours} | {SDPA: "sdpa"}
+    return [known[node.target] for node in graph.nodes if node.target in known]
+
+
+def constants_of(node: fx.Node) -> SiteConstants:
+    return SiteConstants(*node.args[-len(SiteConstants._fields) :])
+
+
+def test_three_ops_in_place_of_one() -> None:
+    graph = joint_graph()
+    before = str(graph.gm.graph)
+    new = rewrite(graph.gm, graph.sites, Knobs(density=0.5, order="splits", seed=3, compensate=False))
+    assert targets(new) == [
+        "svg_ear::clustered_permute",
+        "svg_ear::sparse_exact",
+        "svg_ear::centroid_compensation",
+    ]
+    assert str(graph.gm.graph) == before
+    assert targets(graph.gm.graph) == ["sdpa"]
+    for node in new.nodes:
+        if "svg_ear" in str(node.target):
+            assert constants_of(node) == SiteConstants(
+                scale=0.5, num_text=5, text_first=True, grid=[3, 4, 6], order="splits",
+                routing="output_error", compensate=False, density=0.5, seed=3, site=0,
+            )  # fmt: skip
+
+
+def test_merging_leaves_one_op() -> None:
+    graph = joint_graph()
+    new = rewrite(graph.gm, graph.sites, Knobs())
+    (last,) = new.find_nodes(op="call_function", target=OPS.centroid_compensation.default)
+    constants, qkv = (
+        constants_of(last),
+        new.find_nodes(op="call_function", target=OPS.sparse_exact.default)[0].args[:4],
+    )
+    assert merge(new) == 1
+    assert targets(new) == ["svg_ear::attention"]
+    (merged,) = new.find_nodes(op="call_function", target=OPS.attention.default)
+    assert (merged.args[:4], constants_of(merged)) == (qkv, constants)
+    assert merge(new) == 0
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_nodes_keep_what_is_written_on_them(dynamic: bool | None) -> None:
+    graph = joint_graph(dynamic)
+    (old,) = graph.gm.graph.find_nodes(op="call_function", target=SDPA)
+    new = rewrite(graph.gm, graph.sites, Knobs())
+    for a, b in zip(
+        graph.gm.graph.find_nodes(op="placeholder"), new.find_nodes(op="placeholder"), strict=True
+    ):
+        assert a._dynamo_source is b._dynamo_source
+        assert (a.name, a.meta) == (b.name, b.meta)
+    (last,) = new.find_nodes(op="call_function", target=OPS.centroid_compensation.default)
+    assert last.meta["stack_trace"] == old.meta["stack_trace"]
+    value = last.meta["example_value"]
+    assert value.shape == old.meta["example_value"].shape
+    assert value.transpose(1, 2).is_contiguous()
+
+
+def test_symbolic_lengths_are_computed_in_the_graph() -> None:
+    graph = joint_graph(dynamic=True)
+    new = rewrite(graph.gm, graph.sites, Knobs())
+    merge(new)
+    (merged,) = new.find_nodes(op="call_function", target=OPS.attention.default)
+    constants = constants_of(merged)
+    nodes = [constants.num_text, *constants.grid]
+    assert all(isinstance(node, fx.Node) and node.target == "size" for node in nodes)
+    graph.gm.graph = new
+    for frames, height, width, text in ((3, 4, 6, 5), (2, 6, 4, 9)):
+        clip, words = video(32, frames, height, width), torch.randn(1, text, 32)
+        values: dict[str, Any] = {"l_hidden_states_": clip, "l_encoder_hidden_states_": words}
+        placeholders = {node.name: node.meta["example_value"] for node in new.find_nodes(op="placeholder")}
+        for name in tuple(values):
+            symbols = [str(size) for size in placeholders[name].shape]
+            values |= {s: n for s, n in zip(symbols, values[name].shape, strict=True) if not s.isdigit()}
+        (got,) = graph.gm(*(values[name] for name in placeholders))
+        torch.testing.assert_close(got, joint(clip, words), atol=1e-5, rtol=1e-4)
+
+
+def test_in_place_operations_keep_their_places() -> None:
+    def f(clip: Tensor) -> Tensor:
+        q = heads(tokens(clip)).clone()
+        q[:, :, 3:] = q[:, :, 3:] * 2
+        out = F.scaled_dot_product_attention(q, q, q)
+        q[:, :, :3] = 0
+        return out + q
+
+    graph = captured(f, video())
+    clip = video()
+    expected = f(clip)
+    new = rewrite(graph.gm, graph.sites, Knobs())
+    merge(new)
+    graph.gm.graph = new
+    torch.testing.assert_close(graph.gm(clip)[0], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_dense_sites_stay_as_they_are() -> None:
+    def f(clip: Tensor, text: Tensor) -> Tensor:
+        x, t = heads(tokens(clip)), heads(text)
+        return F.scaled_dot_product_attention(F.scaled_dot_product_attention(x, t, t), x, x)
+
+    graph = captured(f, video(), torch.randn(1, 5, 32))
+    new = rewrite(graph.gm, graph.sites, Knobs())
+    merge(new)
+    assert targets(new) == ["sdpa", "svg_ear::attention"]
+    assert constants_of(new.find_nodes(op="call_function", target=OPS.attention.default)[0]).site == 1

@@ -1,0 +1,171 @@
+"""What the host lays into the context before a call, with a stand-in for the compiled graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from svg_ear_compile import schedule
+from svg_ear_compile.calls import CallPlan, SparseCallable
+from svg_ear_compile.kernels import context
+from svg_ear_compile.passes.site import GraphInputs
+from svg_ear_compile.records import GraphRecord
+from svg_ear_compile.settings import resolve
+
+VIDEO, TIME, ROTARY, MASK, WEIGHT = range(5)
+SPARSE = {"dense_steps": 0, "dense_layers": 0, "strict": True}
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    schedule.reset()
+    yield
+    schedule.reset()
+
+
+class Graph:
+    """Records the context of each call; `answers` is what reading a mask would give."""
+
+    def __init__(self) -> None:
+        self.contexts: list[context.Call] = []
+        self.mask_reads = 0
+        self.fail: set[int] = set()
+        self.leave: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, *args: Any) -> str:
+        call = context.current()
+        self.contexts.append(call)
+        if 0 not in call.noop_masks:
+            self.mask_reads += 1
+            call.noop_masks[0] = True
+        call.dense |= dict.fromkeys(self.fail, "failed: ValueError")
+        call.carried |= self.leave
+        return "out"
+
+
+class Grids:
+    def __init__(self) -> None:
+        self.reads = 0
+
+    def __call__(self, tables: Sequence[Tensor], tokens: int) -> tuple[int, int, int]:
+        self.reads += 1
+        return 2, tokens // 4, 2
+
+
+def block(options: dict[str, Any], **inputs: Any) -> tuple[SparseCallable, Graph, Grids]:
+    """The callable of a graph with one site; its arguments are [video, time, rotary, mask, weight]."""
+    known: dict[str, Any] = {"timestep": None, "temb": TIME, "rotary": (ROTARY,), "parameters": {0: WEIGHT}}
+    graph, grids = Graph(), Grids()
+    plan = CallPlan((0,), GraphInputs(**{**known, **inputs}), VIDEO, {0: 0}, {0: MASK}, True, grids)
+    resolved = resolve({**SPARSE, **options}, {})
+    return SparseCallable(graph, plan, resolved.settings, GraphRecord(0, resolved)), graph, grids
+
+
+def model_call(run: SparseCallable, layers: list[nn.Parameter], time: float, tokens: int = 16) -> None:
+    """A model calls its blocks: they share everything but the weight."""
+    shared = (
+        torch.zeros(1, tokens, 8),
+        torch.full((1, 6, 8), time),
+        torch.arange(tokens * 4.0).reshape(tokens, 4),
+        torch.ones(1, 1, 1, tokens, dtype=torch.bool),
+    )
+    for weight in layers:
+        assert run(*shared, weight) == "out"
+
+
+@pytest.fixture
+def layers() -> list[nn.Parameter]:
+    return [nn.Parameter(torch.zeros(8, 8)) for _ in range(3)]
+
+
+def test_dense_reasons_are_sentences(layers: list[nn.Parameter]) -> None:
+    run, graph, _ = block({"dense_steps": 2, "dense_layers": "1-1", "num_steps": 4})
+    for time in (9.0, 9.0, 8.0, 7.0):
+        model_call(run, layers, time)
+    reasons = [call.dense.get(0) for call in graph.contexts]
+    first, second = "step 1 of 2 dense warm-up steps", "step 2 of 2 dense warm-up steps"
+    assert reasons == [first] * 6 + [second] * 3 + [None, "layer 1 is dense", None]
+    assert run.record.sparse[0] == 2
+    assert run.record.dense[0] == {"warm-up steps": 9, "dense layers": 1}
+
+
+def test_a_layer_without_a_parameter_is_counted_in_its_call() -> None:
+    run, graph, _ = block({"dense_layers": 1}, parameters={})
+    plain = [torch.zeros(8, 8) for _ in range(3)]
+    for time in (9.0, 8.0):
+        model_call(run, plain, time)  # type: ignore[arg-type]
+    assert [call.dense.get(0) for call in graph.contexts] == ["layer 0 is dense", None, None] * 2
+
+
+def test_a_mask_is_read_once_per_model_call(layers: list[nn.Parameter]) -> None:
+    run, graph, _ = block({})
+    for time in (9.0, 8.0):
+        model_call(run, layers, time)
+    assert graph.mask_reads == 2
+    assert all(call.mask_ids == {0: 0} for call in graph.contexts)
+
+
+def test_a_grid_is_read_once_per_kind_of_rotary_table(layers: list[nn.Parameter]) -> None:
+    run, graph, grids = block({})
+    for tokens in (16, 16, 32, 16):
+        model_call(run, layers, 9.0, tokens)
+    assert [call.grid for call in graph.contexts[::3]] == [(2, 4, 2), (2, 4, 2), (2, 8, 2), (2, 4, 2)]
+    assert grids.reads == 3
+    assert run.record.grid == (2, 4, 2)
+
+
+def test_centroids_are_carried_until_the_shape_changes(layers: list[nn.Parameter]) -> None:
+    run, graph, _ = block({"preset": "svg_ear"})
+    left = (torch.zeros(1), torch.ones(1))
+    graph.leave = {0: left}
+    for time in (9.0, 8.0):
+        model_call(run, layers[:1], time)
+    graph.leave = {}
+    model_call(run, layers[:1], 7.0)
+    assert graph.contexts[2].carried[0] is left
+    model_call(run, layers[:1], 6.0, tokens=32)
+    assert not graph.contexts[3].carried
+
+
+def test_without_kmeans_nothing_is_carried(layers: list[nn.Parameter]) -> None:
+    run, graph, _ = block({})
+    graph.leave = {0: (torch.zeros(1), torch.ones(1))}
+    model_call(run, layers, 9.0)
+    graph.leave = {}
+    model_call(run, layers, 8.0)
+    assert not graph.contexts[-1].carried
+
+
+def test_failures_inside_the_ops_count_as_dense(layers: list[nn.Parameter]) -> None:
+    run, graph, _ = block({})
+    graph.fail = {0}
+    model_call(run, layers, 9.0)
+    assert (run.record.sparse[0], run.record.dense[0]) == (0, {"failures": 3})
+
+
+def test_the_largest_timestep_of_all_tokens_counts() -> None:
+    run, _, _ = block({"num_steps": 5}, timestep=TIME, temb=None)
+    weight = nn.Parameter(torch.zeros(8, 8))
+    for timestep in ([[0, 9, 9]], [[0, 9, 9]], [[0, 5, 5]]):
+        run(
+            torch.zeros(1, 16, 8), torch.tensor(timestep), torch.zeros(16, 4), torch.ones(1, 1, 1, 16), weight
+        )
+    assert schedule.clock().tick[:2] == (1, 0)
+
+
+def test_the_context_ends_with_the_call(layers: list[nn.Parameter]) -> None:
+    run, graph, _ = block({})
+    model_call(run, layers, 9.0)
+    assert context.current() is not graph.contexts[-1]
+
+
+def test_strict_raises_before_a_call(layers: list[nn.Parameter], monkeypatch: pytest.MonkeyPatch) -> None:
+    run, graph, _ = block({})
+    monkeypatch.setattr(run, "_tick", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model_call(run, layers, 9.0)
+    assert not graph.contexts
