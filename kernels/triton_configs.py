@@ -50,7 +50,7 @@ def probe_config_for(capability: tuple[int, int], head_dim: int, dtype: torch.dt
     if capability == (0, 0):
         return Config(64, 64, 64, 4, 1, 1)
     if dtype == torch.float32:
-        return Config(32, 64, 64, 4, 1, 1)
+        return Config(32 if head_dim <= 128 else 16, 64, 64, 4, 1, 1)
     tma = capability[0] in (9, 10)
     if head_dim > 128:
         return Config(64, 64, 64, 8, 2 if tma else 1, 1, tma=tma)

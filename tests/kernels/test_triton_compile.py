@@ -1,7 +1,7 @@
 """Every shipped configuration compiles for every GPU, fits into its shared memory and does not spill.
 
 Needs no GPU: Triton's own compiler and the ptxas and cuobjdump in its wheel. The default run compiles the
-configurations that video models use; SVG_EAR_TEST_ALL_CONFIGS=1 compiles all of them (about 15 minutes).
+configurations that video models use; SVG_EAR_TEST_ALL_CONFIGS=1 compiles all of them (about half an hour).
 """
 
 from __future__ import annotations
@@ -101,12 +101,12 @@ def test_configuration(tmp_path, capability, head_dim, dtype, variable, streams)
     check(kernel, tmp_path, capability, dtype)
 
 
-def check(kernel, tmp_path, capability, dtype):
+def check(kernel, tmp_path, capability, dtype, stack=0):
     assert kernel.metadata.shared <= KILOBYTES[capability] * 1024
     used = resources(kernel, tmp_path)
     print(used, kernel.metadata.shared)
     if dtype != torch.float32:  # three TF32 products spill; float32 is supported, not fast
-        assert used["STACK"] == 0
+        assert used["STACK"] <= stack
         assert used["LOCAL"] == 0
 
 
