@@ -73,16 +73,11 @@ class Plan:
         return random.Random(step).choices(list(weights), list(weights.values()))[0]
 
 
-SMALL, SHORT, MIDDLE, LARGE = (8, 64, 64), (4, 128, 128), (16, 64, 64), (16, 128, 128)
+SMALL, MIDDLE, LARGE = (8, 64, 64), (16, 64, 64), (16, 128, 128)
 FULL = Plan(
-    batch={SMALL: 128, SHORT: 32, MIDDLE: 32, LARGE: 8},
-    shift={SMALL: 2.0, SHORT: 3.0, MIDDLE: 2.0, LARGE: 3.0},
-    # Shapes are learned cheaply on short clips of the full resolution, motion on long ones.
-    phases=(
-        (0.35, {SMALL: 1}),
-        (0.50, {SHORT: 0.5, MIDDLE: 0.5}),
-        (1.0, {SHORT: 0.45, MIDDLE: 0.2, LARGE: 0.35}),
-    ),
+    batch={SMALL: 128, MIDDLE: 64, LARGE: 8},
+    shift={SMALL: 2.0, MIDDLE: 2.0, LARGE: 3.0},
+    phases=((0.35, {SMALL: 1}), (0.50, {MIDDLE: 1}), (1.0, {MIDDLE: 0.3, LARGE: 0.7})),
     sample_sizes=(MIDDLE, LARGE),
 )
 TOY_SMALL, TOY_LARGE = (2, 16, 16), (4, 16, 16)
