@@ -44,9 +44,9 @@ class Call:
     carried: per site, the centroids that k-means left last time for this layer, branch and model.
     mask_ids: sites with one number here share one mask tensor in this call, so it is read once.
     noop_masks: per such number, whether the mask hides nothing (then it is dropped).
-    counters: fallbacks by reason. totals: areas per site. warned: (site, kind of error) already warned about.
-    strict: raise instead of running dense after an error.
-    carried, counters, totals and warned may be shared by many calls; the rest is this call's own.
+    counters: fallbacks by reason. totals: areas per site. warned: kinds of errors already warned about.
+    names: module paths of sites. strict: raise instead of running dense after an error.
+    carried, counters, totals, warned and names may be shared by many calls; the rest is this call's own.
     """
 
     dense: dict[int, str] = field(default_factory=dict)
@@ -56,8 +56,13 @@ class Call:
     noop_masks: dict[int, bool] = field(default_factory=dict)
     counters: Counter[str] = field(default_factory=Counter)
     totals: dict[int, SiteTotals] = field(default_factory=dict)
-    warned: set[tuple[int, str]] = field(default_factory=set)
+    warned: set[str] = field(default_factory=set)
+    names: dict[int, str] = field(default_factory=dict)
     strict: bool = False
+
+    def name_of(self, site: int) -> str:
+        """The site for people."""
+        return f"attention site {site}" + (f" ({self.names[site]})" if self.names.get(site) else "")
 
 
 _thread = threading.local()

@@ -35,6 +35,10 @@ from .plan import KEY_BLOCK, QUERY_BLOCK, Plan, block_counts, empty_plan
 _TAGS = (torch.Tag.cudagraph_unsafe, torch.Tag.needs_fixed_stride_order)
 
 
+class SiteError(RuntimeError):
+    """An op of a site failed, and strict is set. The cause is the error itself."""
+
+
 class SiteConstants(NamedTuple):
     """What is fixed for a site when its graph is compiled: the trailing arguments of its ops.
 
@@ -145,10 +149,11 @@ def make_plan(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | Non
     count, blocks = route.kept_lists(kept)
     exact, executed = route.areas(kept[:, :, :vq, :vk], query_sizes[..., :vq], key_sizes[..., :vk])
     call.totals.setdefault(c.site, context.SiteTotals()).add(exact, executed, B * H * (L - c.num_text) ** 2)
-    return Plan(
+    plan = Plan(
         key_p, value_p, queries.order, queries.offsets, keys.order, keys.offsets,
         key_centroids.to(query.dtype), value_centroids.to(query.dtype), bias, count, blocks,
     )  # fmt: skip
+    return _checked_plan(plan, query, c)
 
 
 class _Kernels(NamedTuple):
@@ -186,7 +191,7 @@ def _sparse_or_dense(
 ) -> _T:
     """sparse(), or dense() where this call wants it or sparse() fails.
 
-    A site that failed is dense for the rest of the call, counted, and warned about once per kind of error.
+    A site that failed is dense for the rest of the call, and counted. Each kind of error is warned of once.
     alone: dense() is right whatever the other ops of the site do; otherwise, outside of any call's context,
     where they would not hear of it, the error is raised. Autocast is switched off: the fakes promise the
     query's dtype, and what is float32 here must stay float32.
@@ -198,10 +203,10 @@ def _sparse_or_dense(
                 return sparse()
             except Exception as error:
                 # After a CUDA error every further call fails too: falling back would only hide its origin.
-                if call.strict or isinstance(error, torch.AcceleratorError):
+                if isinstance(error, torch.AcceleratorError) or not (alone or context.inside()):
                     raise
-                if not (alone or context.inside()):
-                    raise
+                if call.strict:
+                    raise SiteError(f"svg_ear: {call.name_of(c.site)} failed: {error!r}") from error
                 _record_failure(call, c.site, error)
         return dense()
 
@@ -210,10 +215,30 @@ def _record_failure(call: context.Call, site: int, error: Exception) -> None:
     kind = type(error).__name__
     call.dense[site] = f"failed: {kind}"
     call.counters[f"fallback: {kind}"] += 1
-    if (site, kind) not in call.warned:
-        call.warned.add((site, kind))
-        message = f"svg_ear: attention site {site} ran dense because of {error!r}"
+    if kind not in call.warned:
+        call.warned.add(kind)
+        message = f"svg_ear: {call.name_of(site)} ran dense because of {error!r}"
         warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
+def _checked(out: Tensor, query: Tensor) -> Tensor:
+    """A kernel's output, if it is what the fakes promise: whatever comes after it relies on that."""
+    _, H, L, D = query.shape
+    if (out.shape, out.stride(), out.dtype) != (query.shape, (H * L * D, D, H * D, 1), query.dtype):
+        raise RuntimeError(f"a kernel returned {out.dtype} {[*out.shape]} for {query.dtype} {[*query.shape]}")
+    return out
+
+
+def _checked_plan(plan: Plan, query: Tensor, c: SiteConstants) -> Plan:
+    """A plan, if its tensors have their shapes: the kernels do not look before they read."""
+    B, H, L, D = query.shape
+    (vq, tq), (vk, tk) = block_counts(L, c.num_text, c.order)
+    Cq, Ck = vq + tq, vk + tk
+    sizes = ((L, D), (L, D), (L,), (Cq + 1,), (L,), (Ck + 1,), (Ck, D), (Ck, D), (Cq, Ck), (Cq,), (Cq, Ck))
+    for name, tensor, size in zip(plan._fields, plan, sizes, strict=True):
+        if tensor.shape != (B, H, *size):
+            raise RuntimeError(f"{name} of a plan is {[*tensor.shape]}, not {[B, H, *size]}")
+    return plan
 
 
 @torch.library.custom_op(
@@ -259,7 +284,8 @@ def sparse_exact(
 
     def sparse() -> tuple[Tensor, Tensor]:
         out, variable = like_output(query), c.order == "kmeans"
-        return _kernels(query).attention.sparse_exact(query, plan, _scale(query, c), out, variable)
+        out, lse = _kernels(query).attention.sparse_exact(query, plan, _scale(query, c), out, variable)
+        return _checked(out, query), lse
 
     def dense() -> tuple[Tensor, Tensor]:
         out = dense_attention(query, key, value, _drop_noop_mask(attn_mask, c.site), c.scale)
@@ -292,9 +318,10 @@ def centroid_compensation(query: Tensor, out: Tensor, lse: Tensor, *plan_and_con
 
     def sparse() -> Tensor:
         merged, variable = like_output(query), c.order == "kmeans"
-        return _kernels(query).attention.centroid_compensation(
+        merged = _kernels(query).attention.centroid_compensation(
             query, out, lse, plan, _scale(query, c), merged, variable
         )
+        return _checked(merged, query)
 
     def dense() -> Tensor:
         if out_is_dense:
@@ -321,9 +348,9 @@ def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | Non
 
     def sparse() -> Tensor:
         plan = make_plan(query, key, value, mask, c)
-        return _kernels(query).attention.attend(
-            query, plan, _scale(query, c), like_output(query), c.order == "kmeans"
-        )
+        out = like_output(query)
+        out = _kernels(query).attention.attend(query, plan, _scale(query, c), out, c.order == "kmeans")
+        return _checked(out, query)
 
     return _sparse_or_dense(query, c, sparse, lambda: dense_attention(query, key, value, mask, c.scale))
 

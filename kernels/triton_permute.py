@@ -11,6 +11,8 @@ Bound by memory: one read and one write of x. Equals permute.gather and permute.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -76,7 +78,7 @@ def _launch(x: Tensor, order: Tensor, offsets: Tensor, out: Tensor | None) -> Te
     return means
 
 
-def meta(head_dim: int, store: bool) -> dict[str, object]:
+def meta(head_dim: int, store: bool) -> dict[str, Any]:
     """The kernel's compile-time constants and launch options."""
     return {
         "HEAD_DIM": head_dim, "BLOCK_D": max(16, triton.next_power_of_2(head_dim)), "ROWS": 64,

@@ -19,6 +19,8 @@ Accumulators and results float32. Deterministic, nothing is read back.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -168,9 +170,7 @@ def probe(
     return Scores(*(x.masked_fill_(sizes == 0, -torch.inf) for x in (error, mass, gap)))
 
 
-def meta(
-    c: Config, head_dim: int, dtype: torch.dtype, one_tile: bool, output_error: bool
-) -> dict[str, object]:
+def meta(c: Config, head_dim: int, dtype: torch.dtype, one_tile: bool, output_error: bool) -> dict[str, Any]:
     """The kernel's compile-time constants and launch options."""
     return {
         "HEAD_DIM": head_dim, "BLOCK_D": max(16, triton.next_power_of_2(head_dim)), "BLOCK_M": c.block_m,

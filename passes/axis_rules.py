@@ -25,6 +25,15 @@ from .axis_moves import (
     squeeze_rule,
     transpose_rule,
 )
+from .axis_products import (
+    baddbmm_rule,
+    conv_rule,
+    einsum_rule,
+    embedding_rule,
+    linear_rule,
+    matmul_rule,
+    sdpa_rule,
+)
 from .sizes import example, hint, is_tensor, shape
 
 
@@ -160,27 +169,6 @@ def _setitem(axes: Axes, node: fx.Node) -> Found:
     return []
 
 
-def _linear(axes: Axes, node: fx.Node) -> Found:
-    source, sizes = input_axes(axes, node), shape(node)
-    if not source or sizes is None:
-        return None
-    return (*source[:-1], axes.fresh(node, len(sizes) - 1, sizes[-1], source[-1]))
-
-
-def _matmul(axes: Axes, node: fx.Node) -> Found:
-    first, second = axes.of.get(argument(node, 0, "input")), axes.of.get(argument(node, 1, "other"))
-    if not first or not second or len(first) != len(second):
-        return _linear(axes, node)
-    return (*first[:-1], second[-1])
-
-
-def _conv(axes: Axes, node: fx.Node) -> Found:
-    source, sizes = input_axes(axes, node), shape(node)
-    if not source or sizes is None or len(source) != len(sizes):
-        return None
-    return (source[0], *(axes.fresh(node, d, sizes[d], source[d]) for d in range(1, len(sizes))))
-
-
 def _reduce(axes: Axes, node: fx.Node) -> Found:
     source, dims = input_axes(axes, node), argument(node, 1, "dim")
     if not source or not isinstance(dims, (int, tuple, list)):
@@ -191,14 +179,24 @@ def _reduce(axes: Axes, node: fx.Node) -> Found:
     return tuple(axis for d, axis in enumerate(source) if d not in gone)
 
 
-def _embedding(axes: Axes, node: fx.Node) -> Found:
+def _scatter(axes: Axes, node: fx.Node) -> Found:
+    """index_copy and the like: which tokens these are now, only the index knows."""
     source, sizes = input_axes(axes, node), shape(node)
-    return (*source, axes.fresh(node, len(source), sizes[-1])) if source and sizes else None
+    dim = argument(node, 1, "dim")
+    if not source or sizes is None or not isinstance(dim, int):
+        return None
+    dim %= len(source)
+    return (*source[:dim], axes.fresh(node, dim, sizes[dim], guess=True), *source[dim + 1 :])
 
 
-def _sdpa(axes: Axes, node: fx.Node) -> Found:
-    query, value = axes.of.get(argument(node, 0, "query")), axes.of.get(argument(node, 2, "value"))
-    return (*query[:-1], value[-1]) if query and value else None
+def _as_complex(axes: Axes, node: fx.Node) -> Found:
+    source = input_axes(axes, node)
+    return source[:-1] if source else None
+
+
+def _as_real(axes: Axes, node: fx.Node) -> Found:
+    source = input_axes(axes, node)
+    return (*source, axes.fresh(node, len(source), 2)) if source else None
 
 
 def _first(axes: Axes, node: fx.Node) -> Found:
@@ -213,13 +211,16 @@ RULES: dict[str, Callable[[Axes, fx.Node], Found]] = {
     **dict.fromkeys(("squeeze", "unsqueeze"), squeeze_rule),
     **dict.fromkeys(("cat", "concat", "concatenate"), _cat),
     **dict.fromkeys(("split", "chunk", "tensor_split", "split_with_sizes"), _split),
-    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _conv),
-    **dict.fromkeys(("matmul", "bmm", "mm"), _matmul),
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), conv_rule),
+    **dict.fromkeys(("matmul", "bmm", "mm"), matmul_rule),
     **dict.fromkeys(("roll", "flip", "index_select"), _reorder),
     **dict.fromkeys(("sum", "mean", "amax", "amin", "argmax", "any", "all"), _reduce),
     **dict.fromkeys(("layer_norm", "rms_norm", "group_norm", "softmax", "dropout", "type_as", "to"), _first),
-    "stack": _stack, "unbind": _unbind, "getitem": _getitem, "setitem": _setitem, "linear": _linear,
-    "embedding": _embedding, "scaled_dot_product_attention": _sdpa, "getattr": getattr_rule,
+    **dict.fromkeys(("index_copy", "index_add", "index_fill", "scatter", "scatter_add"), _scatter),
+    "view_as_complex": _as_complex, "view_as_real": _as_real,
+    "baddbmm": baddbmm_rule, "einsum": einsum_rule,
+    "stack": _stack, "unbind": _unbind, "getitem": _getitem, "setitem": _setitem, "linear": linear_rule,
+    "embedding": embedding_rule, "scaled_dot_product_attention": sdpa_rule, "getattr": getattr_rule,
 }  # fmt: skip
 
 

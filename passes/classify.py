@@ -61,7 +61,7 @@ def named(path: str, patterns: Sequence[str]) -> bool:
 
 def _site(index: int, call: Call, axes: Axes, settings: Thresholds, example_inputs: Sequence[object]) -> Site:
     q, k, v = (axes.of.get(n) for n in (call.query, call.key, call.value))
-    mask, bad_mask = read_mask(call)
+    mask, bad_mask, key_mask = read_mask(call)
     layout: Layout | None = None
     if q is None or k is None or v is None or not len(q) == len(k) == len(v) == 4:
         shapes = [shape(n) for n in (call.query, call.key, call.value)]
@@ -83,18 +83,26 @@ def _site(index: int, call: Call, axes: Axes, settings: Thresholds, example_inpu
             sign = "named in sites=" if is_named else sign_of_video(call, q[2], example_inputs, tokens)
             verdict = _enough(q[2], tokens, sign, settings.min_tokens)
     parameter = query_parameter(call.query, axes) if verdict.rewrite else None
-    return _make(index, call, kind, mask, verdict, layout or Layout(), parameter)
+    site = _make(index, call, kind, mask, verdict, layout or Layout())
+    site.parameter, site.key_mask = parameter, key_mask
+    return site
 
 
 def _kind(query: Axis, key: Axis, value: Axis) -> str:
     """'self', 'joint' (self attention over video and other tokens), 'cross' or 'unknown'."""
     atoms = [atom for axis in (query, key, value) for part in axis for atom in part]
     if query != key or key != value:
-        lost = any(atom.guess for atom in atoms) and axis_size(query) == axis_size(key)
-        return "unknown" if lost else "cross"
+        lost = any(atom.guess for atom in atoms) or all(map(_is_bare, (query, key, value)))
+        return "unknown" if lost and axis_size(query) == axis_size(key) else "cross"
     if all(atom.root is None for atom in atoms):
         return "unknown"
     return "joint" if len(query) > 1 else "self"
+
+
+def _is_bare(axis: Axis) -> bool:
+    """Whether these are the tokens of an input that is [batch, heads, tokens, head_dim] already."""
+    root = axis[0][0].root
+    return len(axis) == len(axis[0]) == 1 and root is not None and len(shape(root) or ()) == 4
 
 
 def _obstacle(call: Call, kind: str, bad_mask: Reason | None, mask: str) -> Verdict | None:
@@ -138,9 +146,7 @@ def _enough(axis: Axis, tokens: int, sign: str, min_tokens: int) -> Verdict:
     return Verdict(False, Reason.NO_SIGN_OF_VIDEO, f"{tokens} tokens; without a sign at least {least}")
 
 
-def _make(
-    index: int, call: Call, kind: str, mask: str, verdict: Verdict, layout: Layout, parameter: fx.Node | None
-) -> Site:
+def _make(index: int, call: Call, kind: str, mask: str, verdict: Verdict, layout: Layout) -> Site:
     query, key = example(call.query), example(call.key)
     sizes = [*query.shape] if query is not None and query.dim() == 4 else [0, 0, 0, 0]
     k_len = key.shape[-2] if key is not None and key.dim() >= 2 else 0
@@ -161,5 +167,4 @@ def _make(
         mask=mask,
         verdict=verdict,
         layout=layout,
-        parameter=parameter,
     )

@@ -115,8 +115,8 @@ def _grid(axes: Axes, part: Part) -> tuple[tuple[int | Extent, int | Extent, int
         if len(kept) not in (2, 3) or dims != sorted(dims):
             continue
         lengths = [_length([(atom,)]) for atom in kept]
-        if len(lengths) == 2 and source == "shapes":
-            lengths.insert(0, 1)
+        if len(lengths) == 2 and source == "shapes" and len(shape(kept[0].root) or ()) > 3:
+            lengths.insert(0, 1)  # an image; two dimensions of packed tokens may be anything
         if len(lengths) == 3 and None not in lengths:
             root = kept[-1].root
             where = f"{source} of {last_key(root)}" if root is not None and source == "shapes" else source

@@ -1,5 +1,8 @@
 """Which attention does a graph hold? Every scaled_dot_product_attention call, its arguments by name.
 
+Attention that a model writes out itself (by_hand.py) and flex_attention that is plain attention (flex.py) are
+calls of the same kind.
+
 Dynamo leaves F.scaled_dot_product_attention as one call_function node, whatever device and dtype (below AOT
 it would have become one of several device-specific ops). Two styles of calls occur in diffusers: everything
 by keyword, or query, key and value by position.
@@ -14,6 +17,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from .by_hand import Written, by_hand, is_attention_like
+from .cut_off import cut_off
+from .flex import plain_flex
+
 SDPA = torch.nn.functional.scaled_dot_product_attention
 _PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 _DEFAULTS = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
@@ -26,7 +33,7 @@ _OTHER_ATTENTION = re.compile(
 
 @dataclass(frozen=True)
 class Call:
-    """One SDPA call with normalised arguments, and the module it stands in."""
+    """One attention call with normalised arguments, and the module it stands in."""
 
     node: fx.Node
     query: fx.Node
@@ -56,17 +63,23 @@ class Matches:
 
 
 def match(graph: fx.Graph) -> Matches:
-    """Finds every SDPA call of a graph, in order, and names what else looks like attention."""
+    """Finds every call of a graph, in order, and names what else looks like attention."""
     calls, others, forced = [], [], ""
     for node in graph.nodes:
-        if node.op != "call_function":
+        if node.op not in ("call_function", "call_method"):
             continue
         if node.target is SDPA:
             calls.append(call_of(node, forced))
+        elif written := by_hand(node) or plain_flex(node):
+            calls.append(_written_call(node, written))
+        elif is_attention_like(node):
+            others.append(_named("attention written by hand", node))
         elif getattr(node.target, "__name__", "") == "_sdpa_kernel":
             forced = _forced(node)
         elif name := _attention_like(node):
             others.append(name)
+    if not calls and not others and (name := cut_off(graph)):
+        others.append(name)
     return Matches(tuple(calls), tuple(others))
 
 
@@ -91,6 +104,14 @@ def call_of(node: fx.Node, forced: str = "") -> Call:
     arguments: dict[str, Any] = dict(_DEFAULTS)
     arguments.update(zip(_PARAMETERS, node.args, strict=False))
     arguments.update(node.kwargs)
+    return _call(node, arguments, forced)
+
+
+def _written_call(node: fx.Node, written: Written) -> Call:
+    return _call(node, _DEFAULTS | vars(written), "")
+
+
+def _call(node: fx.Node, arguments: dict[str, Any], forced: str) -> Call:
     stack = module_stack(node)
     return Call(
         node=node,
@@ -114,5 +135,11 @@ def _attention_like(node: fx.Node) -> str:
     name = getattr(node.target, "__name__", str(node.target))
     if "mask" in name or not _OTHER_ATTENTION.search(name):
         return ""
+    if name == "flex_attention" and any(plain_flex(user) for user in node.users):
+        return ""
+    return _named(name, node)
+
+
+def _named(name: str, node: fx.Node) -> str:
     stack = module_stack(node)
     return f"{name} in {stack[-1][0]}" if stack and stack[-1][0] else name

@@ -15,6 +15,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from copy import copy
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -22,7 +23,8 @@ from torch import fx
 
 from svg_ear_compile.kernels import ops
 
-from .match import Call, call_of
+from .axis_moves import op_name
+from .match import Call, match
 from .site import Site
 from .sizes import Extent, example
 
@@ -45,12 +47,20 @@ class SiteSettings(Protocol):
 def rewrite(gm: fx.GraphModule, sites: Sequence[Site], settings: SiteSettings) -> fx.Graph:
     """A copy of gm's graph in which every site with a verdict to rewrite calls our three ops."""
     graph, copies = copy_graph(gm.graph)
+    calls = {call.node: call for call in match(gm.graph).calls}
     sizes: dict[tuple[fx.Node, int], fx.Node | int] = {}
     for site in sites:
         if site.verdict.rewrite:
-            _replace(graph, call_of(copies[site.node]), site, settings, copies, sizes)
+            call = _copied(calls[site.node], copies)
+            _replace(graph, call, site, settings, copies, sizes)
     graph.lint()
     return graph
+
+
+def _copied(call: Call, copies: dict[fx.Node, fx.Node]) -> Call:
+    """The same call in the copy."""
+    nodes = {k: copies[v] for k, v in vars(call).items() if isinstance(v, fx.Node)}
+    return replace(call, **nodes)
 
 
 def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
@@ -106,7 +116,8 @@ def _replace(
             seed=settings.seed,
             site=site.index,
         )
-        qkv = (operand(call.query), operand(call.key), operand(call.value), call.attn_mask)
+        mask = None if site.key_mask is None else _key_row(graph, copies[site.key_mask.node])
+        qkv = (operand(call.query), operand(call.key), operand(call.value), mask)
         plan_op = add(svg_ear.clustered_permute.default, (*qkv, *constants))
         plan = [add(operator.getitem, (plan_op, i)) for i in range(len(ops.Plan._fields))]
         exact = add(svg_ear.sparse_exact.default, (*qkv, *plan, *constants))
@@ -116,9 +127,32 @@ def _replace(
             operator.getitem, (exact, 1), out_value.new_empty(out_value.shape[:-1], dtype=torch.float32)
         )
         args = (qkv[0], out, lse, *plan, *constants)
-        compensated = add(svg_ear.centroid_compensation.default, args, value)
-    call.node.replace_all_uses_with(compensated)
-    graph.erase_node(call.node)
+        result = add(svg_ear.centroid_compensation.default, args, value)
+        if mask is not None and site.key_mask is not None and site.key_mask.zero_rows:
+            rows = _method(graph, "transpose", mask, 2, 3, value=example(mask).transpose(2, 3))
+            result = add(torch.where, (rows, result, 0.0), value)
+    call.node.replace_all_uses_with(result)
+    remove_unused(graph, call.node)
+
+
+def remove_unused(graph: fx.Graph, node: fx.Node) -> None:
+    """Erases a node without users, and upstream of it all that only it used. What writes in place stays."""
+    name = op_name(node)
+    in_place = name.endswith("_") and not name.endswith("__") and name != "and_"
+    if node.users or node.op not in ("call_function", "call_method") or name == "setitem" or in_place:
+        return
+    before = node.all_input_nodes
+    graph.erase_node(node)
+    for source in before:
+        if not source._erased:
+            remove_unused(graph, source)
+
+
+def _key_row(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """A bool tensor [B or 1, (1, (1,)) S] as [B or 1, 1, 1, S]."""
+    while example(node).dim() < 4:
+        node = _method(graph, "unsqueeze", node, 1, value=example(node).unsqueeze(1))
+    return node
 
 
 def _extent(

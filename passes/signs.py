@@ -18,19 +18,12 @@ from .layout import is_packed_video, video_parts
 from .match import Call
 from .rotary import grid_from_rotary, is_sequence
 from .sizes import shape
-from .sources import POSITIONS, TEXT, is_activation, last_key, source_name
+from .sources import POSITIONS, TEXT, VIDEO_FILE, is_activation, last_key, source_name
 
-# diffusers' files of video transformers. Both the module's class and the stack trace name the file: blocks
-# compiled one by one may hold nothing but diffusers' shared Attention class.
-_VIDEO_FILES = """
-    allegro anyflow anyflow_far chronoedit cosmos cosmos3 easyanimate helios hunyuan_video hunyuan_video15
-    hunyuan_video_framepack kandinsky kandinsky6 ltx ltx2 mochi motif_video sana_video skyreels_v2 wan
-    wan_animate wan_animate_2 wan_vace
-"""
-_FILE = re.compile(
-    rf"(transformer_({'|'.join(_VIDEO_FILES.split())})|(cogvideox|consisid|latte)_transformer_3d)(?=\.)"
+# A refiner of text tokens; SanaWMLTX2RefinerTransformerBlock refines video.
+NOT_VIDEO = re.compile(
+    r"refiner(?!transformer)|text|context_embed|caption|audio|image_embed|vision|clip", re.IGNORECASE
 )
-NOT_VIDEO = re.compile(r"refiner|text|context_embed|caption|audio|image_embed|vision|clip", re.IGNORECASE)
 
 
 def sign_of_video(call: Call, axis: Axis, example_inputs: Sequence[object], video_tokens: int) -> str:
@@ -51,7 +44,9 @@ def sign_of_video(call: Call, axis: Axis, example_inputs: Sequence[object], vide
         return f"rotary tables over {grid[0]} x {grid[1]} x {grid[2]} tokens" if grid[0] > 1 else ""
     if tables and is_sequence(tables, video_tokens):  # type: ignore[arg-type]
         return ""
-    known = next((m for text in (*call.module_classes, call.source_files) if (m := _FILE.search(text))), None)
+    known = next(
+        (m for text in (*call.module_classes, call.source_files) if (m := VIDEO_FILE.search(text))), None
+    )
     return f"diffusers' {known.group(0)}" if known else ""
 
 

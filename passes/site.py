@@ -25,7 +25,8 @@ class Reason(Enum):
         "name the module in sites= if they are",
     )
     MASK = ("its attention mask is not a key-padding mask", "")
-    MASK_FLOAT = ("its attention mask is a float bias", "")
+    MASK_CAUSAL = ("causal attention over blocks of frames or tokens", "")
+    MASK_FLOAT = ("its attention mask is a float bias that nothing proves to be padding", "")
     DROPOUT = ("attention dropout is on", "call model.eval()")
     CAUSAL = ("causal attention", "")
     GRAD = ("gradients are wanted", "call the model under torch.no_grad() or torch.inference_mode()")
@@ -96,6 +97,17 @@ class Layout:
         return None if self.grid is None else tuple(map(length_hint, self.grid))
 
 
+@dataclass(frozen=True)
+class KeyMask:
+    """Which keys are seen. node: a bool tensor of one row of keys per batch element, [B or 1, (1, (1,)) S].
+
+    zero_rows: whether the model also hides all keys from the queries at the same places.
+    """
+
+    node: fx.Node
+    zero_rows: bool = False
+
+
 @dataclass
 class Site:
     """One scaled_dot_product_attention call of one graph.
@@ -120,10 +132,11 @@ class Site:
     k_hint: int
     dtype: str
     mask: str
-    """'none', 'key padding [B,1,1,S] bool', ...: the mask in words."""
+    """'none', 'key padding [B,1,1,S] bool', ...: the mask in words; key_mask is what the ops get for it."""
     verdict: Verdict
     layout: Layout
     parameter: fx.Node | None = None
+    key_mask: KeyMask | None = None
 
 
 @dataclass(frozen=True)

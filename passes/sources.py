@@ -16,6 +16,16 @@ TEXT = re.compile(
     r"encoder_hidden|encoder_attention|text|txt|prompt|caption|clip|image_embed|audio|pooled|temb"
 )
 POSITIONS = re.compile(r"rotary|rope|freqs|pos_emb|pos_embed|image_ids|img_ids|_ids_?$|cos_?$|sin_?$")
+# diffusers' files of video transformers. Both the module's class and the stack trace name the file: blocks
+# compiled one by one may hold nothing but diffusers' shared Attention class.
+_VIDEO_FILES = """
+    allegro anyflow anyflow_far chronoedit cosmos cosmos3 easyanimate helios hunyuan_video hunyuan_video15
+    hunyuan_video_framepack kandinsky kandinsky6 kandinsky6_sr ltx ltx2 mochi motif_video sana_video sana_wm
+    sana_wm_refiner skyreels_v2 wan wan_animate wan_animate_2 wan_vace
+"""
+VIDEO_FILE = re.compile(
+    rf"(transformer_({'|'.join(_VIDEO_FILES.split())})|(cogvideox|consisid|latte)_transformer_3d)(?=\.)"
+)
 
 
 def source_name(placeholder: fx.Node) -> str:

@@ -26,6 +26,7 @@ from .passes.inputs import read_inputs
 from .passes.layout import grid_from_rotary
 from .passes.match import Call, match
 from .passes.merge import merge
+from .passes.multihead import expand
 from .passes.rewrite import rewrite
 from .passes.site import Reason, Site, Verdict
 from .passes.sources import is_activation
@@ -36,6 +37,14 @@ from .state import layers
 Compiled = Callable[..., Any]
 # diffusers' models whose timestep embedding has pooled text added: it differs between the calls of one step.
 _POOLED_TEXT = re.compile(r"transformer_(hunyuan_video\.|hunyuan_video_framepack|kandinsky)")
+_HELPER = (
+    "where guidance takes two calls, wrap the pipeline's call in "
+    "svg_ear_compile.generation(num_steps=..., branches=2)"
+)
+
+
+class PassError(RuntimeError):
+    """A pass failed, and strict is set. The cause is the error itself."""
 
 
 def svg_ear(
@@ -80,9 +89,10 @@ def _apply_passes(
     settings = resolved.settings
     sites: list[Site] = []
     try:
-        found = match(gm.graph)
+        whole = expand(gm)
+        found = match(whole.graph)
         record.other_attention = list(found.others)
-        sites = classify(gm, settings, example_inputs)
+        sites = classify(whole, settings, example_inputs)
         if resolved.switch == "report":
             for site in sites:
                 if site.verdict.rewrite:
@@ -91,16 +101,20 @@ def _apply_passes(
         plan = None
         if chosen:
             calls = {call.node: call for call in found.calls}
-            plan = _call_plan(gm, example_inputs, chosen, [calls[site.node] for site in chosen], record)
-            graph = rewrite(gm, sites, settings)
+            plan = _call_plan(whole, example_inputs, chosen, [calls[site.node] for site in chosen], record)
+            graph = rewrite(whole, sites, settings)
             if settings.merge:
                 merge(graph)
             gm.graph = graph
     except TorchDynamoException:
         raise  # Dynamo steers by these: restart, skip, unsupported
     except Exception as error:
-        if settings.strict or isinstance(error, torch.AcceleratorError):
+        if isinstance(error, torch.AcceleratorError):
             raise
+        if settings.strict:
+            names = [f"{site.index} ({site.module_path})" for site in sites if site.verdict.rewrite]
+            text = f"svg_ear: a graph was not rewritten, attention sites {', '.join(names) or 'unknown'}"
+            raise PassError(f"{text}: {error!r}") from error
         record.failure = repr(error)
         plan = None
         for site in sites:
@@ -126,14 +140,11 @@ def _call_plan(
     if inputs.timestep is not None:
         record.clock = "the clock reads the timestep"
     elif inputs.temb is None:
-        record.clock = "no timestep in sight: each call counts as a step"
+        record.clock = f"no timestep in sight: each call counts as a step; {_HELPER}"
     else:
         record.clock = "the clock reads the timestep embedding"
         if any(_POOLED_TEXT.search(call.source_files) for call in calls):
-            record.clock += (
-                ", which holds pooled text: where guidance takes two calls, wrap the pipeline's call in "
-                "svg_ear_compile.generation(num_steps=..., branches=2)"
-            )
+            record.clock += f", which holds pooled text: {_HELPER}"
     numbers: dict[fx.Node, int] = {}
     mask_ids = {
         site.index: numbers.setdefault(call.attn_mask, len(numbers))

@@ -67,10 +67,11 @@ class SparseCallable:
     ) -> None:
         self.compiled, self.plan, self.settings, self.record = compiled, plan, settings, record
         self._threads = threading.local()
-        self._warned = False
+        self._warned: set[str] = set()
+        self._names = {site.site: site.module_path for site in record.sites}
 
     def __call__(self, *args: Any) -> Any:
-        call = context.Call(strict=self.settings.strict)
+        call = context.Call(strict=self.settings.strict, warned=self._warned, names=self._names)
         kept: list[tuple[int, Layer, Any]] = []
         try:
             kept = self._prepare(call, args)
@@ -173,8 +174,9 @@ class SparseCallable:
         self.record.fallbacks[f"before a call: {type(error).__name__}"] += 1
         for site in self.plan.sites:
             self.record.dense[site]["failures"] += 1
-        if not self._warned:
-            self._warned = True
+        kind = type(error).__name__
+        if kind not in self._warned:
+            self._warned.add(kind)
             warnings.warn(f"svg_ear: a graph runs dense because of {error!r}", RuntimeWarning, stacklevel=2)
 
     def _count(

@@ -136,6 +136,8 @@ class Report:
             f"{t['rewritten']} of {t['sites']} attention sites rewritten, with {t['coverage']:.1%} of the "
             f"attention FLOPs; planned are {planned:.1%} of all"
         ]
+        others = dict.fromkeys(name for graph in self.graphs for name in graph.other_attention)
+        lines += [f"left as it is: {name}" for name in others]
         hints = {d.sentence.split(" (")[0]: d.hint for d in (s.decision for s in self.sites) if d.hint}
         return lines + [f"{sentence}: {hint}" for sentence, hint in hints.items()]
 

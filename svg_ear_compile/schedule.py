@@ -7,6 +7,8 @@ of models, each with a moment: the timestep (graphs of whole models), a fingerpr
 - step: how many different successive moments this generation has had. One trajectory per thread, shared by
   all models: Wan2.2's second transformer, first called in mid-trajectory, takes no warm-up.
 - branch: the ordinal of this model's calls at one moment (conditional, unconditional, ...).
+- the number of steps, of which a fraction may be dense: as told or set, or that of the previous generation
+  that began at the same moment. In a first generation of few steps, the third timestep shows it (few_steps).
 - a new generation begins when timesteps go against their direction, when a moment is the first one again,
   when a model's shapes change, or, where moments have no direction, when num_steps is set and reached.
 - without moments, each call is a step.
@@ -23,11 +25,15 @@ import itertools
 import math
 import threading
 import weakref
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 DEFAULT_NUM_STEPS = 50
+FEW_STEPS = 16
+"""Up to so many steps are foreseen from the first timesteps of a generation."""
+NEARLY_NOISE = 0.975
+"""A tenth of the way of a schedule with flow shift 5; a fifth with shift 10."""
 _REMEMBERED = 32
 """Of so many generations (by their first moment) the number of steps is remembered."""
 
@@ -67,6 +73,8 @@ class Clock:
         self._first: Moment = None
         self._last: Moment = None
         self._direction = 0.0
+        self._noise: list[float] = []
+        """Of each step with a timestep: that over the first one, which is sigma."""
         self._step = -1
         self._calls = 0
         self._branches: dict[Hashable, int] = {}
@@ -110,6 +118,8 @@ class Clock:
                 self._direction = self._direction or moment - self._last
             self._step += 1
             self._first = moment if self._step == 0 else self._first
+            if isinstance(moment, float) and isinstance(self._first, float) and self._first > 0:
+                self._noise.append(moment / self._first)
             self._branches.clear()
         self._last = moment
         self._calls += 1
@@ -157,6 +167,9 @@ class Clock:
             return setting, "the setting num_steps"
         if self._first in self._counts:
             return self._counts[self._first], "the previous generation"
+        foreseen = few_steps(self._noise)
+        if foreseen is not None:
+            return foreseen, "the timesteps so far"
         return DEFAULT_NUM_STEPS, f"nothing: {DEFAULT_NUM_STEPS} is assumed"
 
     def begin(self, num_steps: int | None, branches: int | None) -> None:
@@ -175,6 +188,25 @@ class Clock:
 def dense_count(dense_steps: int | float, num_steps: int) -> int:
     """How many first steps run dense: a count as it is, a fraction to the nearest: 0.2 of 30 is 6."""
     return dense_steps if isinstance(dense_steps, int) else math.floor(dense_steps * num_steps + 0.5)
+
+
+def few_steps(noise: Sequence[float], rounding: float = 1e-3) -> int | None:
+    """The number of steps of a generation, if its first sigmas, from 1 downwards, show that it has few.
+
+    After k of n steps a schedule with flow shift s (1: linear) has sigma / (1 - sigma) = s (n - k) / k. From
+    two such odds, after one step and after the last one seen, s and n follow. Timesteps may be rounded to
+    whole ones, of a thousand: n is the largest that they allow, so a long generation is not taken for a short
+    one. Where there is still nearly nothing but noise, nothing is foreseen: other schedules begin slowly.
+    """
+    k = len(noise) - 1
+    if k < 2 or noise[k] > NEARLY_NOISE:
+        return None
+    fallen, all_fallen = 1 - noise[1] + rounding, 1 - noise[k] - rounding
+    if not 0 < fallen < all_fallen < 1:
+        return None
+    ratio = (1 / fallen - 1) / (1 / all_fallen - 1)
+    steps = k * (ratio - 1) / (ratio - k) if ratio > k else math.inf
+    return max(round(steps), k + 1) if steps <= FEW_STEPS else None
 
 
 _thread = threading.local()

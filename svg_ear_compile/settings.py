@@ -118,7 +118,8 @@ class Settings:
     )  # fmt: skip
     num_steps: int | None = _setting(
         None, _optional(_integer(1)), "an integer >= 1",
-        "steps of a generation; else those of the previous one that began at the same timestep, else 50",
+        "steps of a generation; else those of the previous one that began at the same timestep, else as its "
+        "first timesteps show (up to 16), else 50",
     )  # fmt: skip
     dense_layers: tuple[tuple[int, int], ...] = _setting(
         ((0, 0),), _layers, "a count of first layers, or ranges such as '0, 38-39'",

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 import svg_ear_compile
-from svg_ear_compile.schedule import Clock, Tick, clock, dense_count, reset
+from svg_ear_compile.schedule import Clock, Tick, clock, dense_count, few_steps, reset
 
 
 class Thing:
@@ -81,7 +81,7 @@ def test_without_moments_each_call_is_a_step() -> None:
 
 def test_where_the_number_of_steps_is_from() -> None:
     c = Clock()
-    run(c, [999, 900, 800])
+    run(c, [999, 990, 980])
     assert c.num_steps(None) == (50, "nothing: 50 is assumed")
     assert c.num_steps(30) == (30, "the setting num_steps")
     run(c, [999])
@@ -89,6 +89,53 @@ def test_where_the_number_of_steps_is_from() -> None:
     run(c, [998.0])
     c.begin(20, None)
     assert c.num_steps(30) == (20, "generation(num_steps=...)")
+
+
+def sigmas(count: int, shift: float) -> list[float]:
+    """Of a schedule with flow shift, without the final 0."""
+    linear = [1 - k / count for k in range(count)]
+    return [shift * s / (1 + (shift - 1) * s) for s in linear]
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize("shift", [1, 3, 5, 7, 12])
+@pytest.mark.parametrize("count", [4, 5, 6, 8])
+def test_few_steps_are_foreseen_from_the_third_timestep(count: int, shift: float, rounded: bool) -> None:
+    timesteps = [int(999 * s) if rounded else 1000 * s for s in sigmas(count, shift)]
+    seen = [few_steps([t / timesteps[0] for t in timesteps[: k + 1]]) for k in range(count)]
+    assert seen[:2] == [None, None]
+    late = 3 if shift == 12 and count == 8 else 2
+    for k in range(late, count):
+        assert seen[k] is not None
+        assert dense_count(0.2, seen[k] or 0) <= dense_count(0.2, count) + (k == 2)
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize("shift", [1, 3, 5, 7, 12, 17])
+@pytest.mark.parametrize("count", [20, 30, 50])
+def test_many_steps_are_never_taken_for_few(count: int, shift: float, rounded: bool) -> None:
+    timesteps = [int(999 * s) if rounded else 1000 * s for s in sigmas(count, shift)]
+    assert {few_steps([t / timesteps[0] for t in timesteps[: k + 1]]) for k in range(count * 2 // 3)} == {
+        None
+    }
+
+
+@pytest.mark.parametrize("timesteps", [[0.0, 0.3, 0.7], [999, 999.5, 999.9], [999, 999, 999], [9, 0, 0]])
+def test_what_is_no_schedule_foresees_nothing(timesteps: list[float]) -> None:
+    c = Clock()
+    run(c, [float(t) for t in timesteps], "a")
+    assert c.num_steps(None) == (50, "nothing: 50 is assumed")
+
+
+def test_the_first_generation_of_few_steps() -> None:
+    c, known = Clock(), []
+    for sigma in sigmas(4, 7.0):
+        run(c, [1000 * sigma])
+        known.append(c.num_steps(None))
+    assumed = (50, "nothing: 50 is assumed")
+    assert known == [assumed, assumed, *[(4, "the timesteps so far")] * 2]
+    run(c, [1000])
+    assert c.num_steps(None) == (4, "the previous generation")
 
 
 def test_the_helper_counts_calls_whatever_their_moments() -> None:

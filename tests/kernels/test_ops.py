@@ -376,7 +376,8 @@ def test_outside_of_a_call_the_merged_op_falls_back_and_the_three_raise(
 @pytest.mark.parametrize("whole", [merged, three])
 def test_strict_raises(whole: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(route, "route", raising(ValueError("no way")))
-    with context.active(context.Call(strict=True)), pytest.raises(ValueError, match="no way"):
+    call = context.Call(strict=True, names={3: "blocks.0"})
+    with context.active(call), pytest.raises(ops.SiteError, match=r"site 3 \(blocks.0\) failed: .*no way"):
         whole(*inputs(70), None, CONSTANTS)
 
 

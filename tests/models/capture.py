@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from svg_ear_compile.passes.classify import classify
 from svg_ear_compile.passes.inputs import read_inputs
+from svg_ear_compile.passes.match import match
 from svg_ear_compile.passes.merge import merge
 from svg_ear_compile.passes.rewrite import rewrite
 from svg_ear_compile.passes.site import GraphInputs, Site
@@ -41,6 +42,7 @@ class Captured:
     sites: list[Site]
     inputs: GraphInputs
     placeholders: list[str]
+    others: tuple[str, ...]
 
 
 @dataclass
@@ -55,7 +57,8 @@ class Backend:
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Any], **_: Any) -> Any:
         graph, sites = gm.graph, classify(gm, self.knobs, example_inputs)
         names = [node.name for node in graph.find_nodes(op="placeholder")]
-        self.captured.append(Captured(gm, graph, example_inputs, sites, read_inputs(gm, sites), names))
+        inputs, others = read_inputs(gm, sites), match(graph).others
+        self.captured.append(Captured(gm, graph, example_inputs, sites, inputs, names, others))
         if self.rewrites:
             new = rewrite(gm, sites, self.knobs)
             if self.knobs.merge:

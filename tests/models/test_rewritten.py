@@ -7,12 +7,14 @@ from collections.abc import Sequence
 import pytest
 import torch
 from models.capture import Backend, Knobs, capture, compiled, fresh_dynamo
+from models.golden import LARGER, read
 from models.tiny import build
 
 SIZES = [(3, 4, 6), (3, 6, 4), (2, 4, 8)]
-REGIONAL = {"wan", "wan_i2v", "hunyuan_video", "ltx", "kandinsky5", "skyreels_v2", "motif_video"}
 REWRITTEN = ["wan", "cogvideox", "hunyuan_video"]
-OTHERS = ["wan_i2v", "ltx", "cosmos", "kandinsky5", "skyreels_v2", "easyanimate", "motif_video"]
+SECTIONS = {key for key, lines in read().items() if any(" REWRITTEN" in line for line in lines)}
+REGIONAL = {name for name, way in SECTIONS if way == "regional"}
+OTHERS = sorted({name for name, way in SECTIONS if way == "whole"} - set(REWRITTEN))
 
 
 def check(
@@ -29,7 +31,9 @@ def check(
         run = compiled(model, backend, regional, dynamic)
         for call in calls:
             expected, got = eager(**call)[0], run(**call)[0]
-            torch.testing.assert_close(got, expected, atol=2e-6 * expected.abs().max().item(), rtol=1e-5)
+            halved = any(site.verdict.rewrite and site.dtype == "bfloat16" for site in backend.sites)
+            near = (1e-3 if halved else 2e-6) * expected.abs().max().item()  # sana_wm attends in bfloat16
+            torch.testing.assert_close(got, expected, atol=near, rtol=1e-5)
     assert any(site.verdict.rewrite for site in backend.sites)
     if len(sizes) > 1:
         untouched = capture(build(name)[0], *calls, regional=regional, dynamic=dynamic)
@@ -56,12 +60,12 @@ def test_three_ops(name: str, dynamic: bool | None) -> None:
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_models(name: str) -> None:
-    check(name, SIZES[:1], regional=False)
+    check(name, [LARGER.get(name, SIZES[0])], regional=False)
 
 
 @pytest.mark.parametrize("name", sorted(REGIONAL & set(OTHERS)))
 def test_other_models_block_by_block(name: str) -> None:
-    check(name, SIZES[:1], regional=True)
+    check(name, [LARGER.get(name, SIZES[0])], regional=True)
 
 
 def test_batches() -> None:

@@ -1,148 +1,42 @@
-"""Every attention of every model gets the right verdict: the table is the specification.
-
-min_tokens is 1, so what stays dense does so for what it is. A line: path, kind, reason, text, grid.
-"""
+"""Every attention of every model gets the right verdict: verdicts.txt is the specification (golden.py)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
+from models import golden
 from models.capture import Backend, Knobs, capture, described
-from models.tiny import TEXT, build
+from models.matrix import PAGE, page
+from models.tiny import BUILDERS, TEXT, build
 
-F, H, W = 3, 4, 6
-
-WHOLE = {
-    "wan": [
-        "blocks.0.attn1 self REWRITTEN 3x4x6",
-        "blocks.0.attn2 cross CROSS 3x4x6",
-        "blocks.1.attn1 self REWRITTEN 3x4x6",
-        "blocks.1.attn2 cross CROSS 3x4x6",
-    ],
-    "wan_i2v": [
-        "blocks.0.attn1 self REWRITTEN 3x4x6",
-        "blocks.0.attn2 cross CROSS 3x4x6",
-        "blocks.0.attn2 cross CROSS 3x4x6",
-        "blocks.1.attn1 self REWRITTEN 3x4x6",
-        "blocks.1.attn2 cross CROSS 3x4x6",
-        "blocks.1.attn2 cross CROSS 3x4x6",
-    ],
-    "cogvideox": [
-        "transformer_blocks.0.attn1 joint REWRITTEN text=7 first 3x4x6",
-        "transformer_blocks.1.attn1 joint REWRITTEN text=7 first 3x4x6",
-    ],
-    "hunyuan_video": [
-        "context_embedder.token_refiner.refiner_blocks.0.attn self TEXT",
-        "transformer_blocks.0.attn joint REWRITTEN text=7 last 3x4x6",
-        "single_transformer_blocks.0.attn joint REWRITTEN text=7 last 3x4x6",
-    ],
-    # plain torch.compile falls back to its modules one by one: there is no 5-D input in the block's graph
-    "hunyuan_video15": [
-        "context_embedder.token_refiner.refiner_blocks.0.attn self TEXT",
-        "attn joint MASK text=16 last",
-    ],
-    "ltx": [
-        "transformer_blocks.0.attn1 self REWRITTEN 3x4x6",
-        "transformer_blocks.0.attn2 cross CROSS 3x4x6",
-        "transformer_blocks.1.attn1 self REWRITTEN 3x4x6",
-        "transformer_blocks.1.attn2 cross CROSS 3x4x6",
-    ],
-    "mochi": ["pooler cross CROSS"],  # its joint attention runs between the pieces of a broken graph
-    "allegro": [
-        "transformer_blocks.0.attn1 self MASK_FLOAT 3x4x6",
-        "transformer_blocks.0.attn2 cross CROSS 3x4x6",
-        "transformer_blocks.1.attn1 self MASK_FLOAT 3x4x6",
-        "transformer_blocks.1.attn2 cross CROSS 3x4x6",
-    ],
-    "cosmos": [
-        "transformer_blocks.0.attn1 self REWRITTEN 3x4x6",
-        "transformer_blocks.0.attn2 cross CROSS 3x4x6",
-        "transformer_blocks.1.attn1 self REWRITTEN 3x4x6",
-        "transformer_blocks.1.attn2 cross CROSS 3x4x6",
-    ],
-    "kandinsky5": [
-        "text_transformer_blocks.0.self_attention self TEXT",
-        "visual_transformer_blocks.0.self_attention self REWRITTEN 3x4x6",
-        "visual_transformer_blocks.0.cross_attention cross CROSS 3x4x6",
-        "visual_transformer_blocks.1.self_attention self REWRITTEN 3x4x6",
-        "visual_transformer_blocks.1.cross_attention cross CROSS 3x4x6",
-    ],
-    "skyreels_v2": [
-        "blocks.0.attn1 self REWRITTEN 3x4x6",
-        "blocks.0.attn2 cross CROSS 3x4x6",
-        "blocks.1.attn1 self REWRITTEN 3x4x6",
-        "blocks.1.attn2 cross CROSS 3x4x6",
-    ],
-    "latte": [
-        "transformer_blocks.0.attn1 self FACTORISED 1x4x6",
-        "transformer_blocks.0.attn2 cross CROSS 1x4x6",
-        "temporal_transformer_blocks.0.attn1 self FACTORISED",
-    ],
-    "easyanimate": [
-        "transformer_blocks.0.attn1 joint REWRITTEN text=7 first 3x4x6",
-        "transformer_blocks.1.attn1 joint REWRITTEN text=7 first 3x4x6",
-    ],
-    "motif_video": [
-        "transformer_blocks.0.attn joint REWRITTEN text=7 last 3x4x6",
-        "single_transformer_blocks.0.attn joint REWRITTEN text=7 last 3x4x6",
-    ],
-    "flux": [
-        "transformer_blocks.0.attn joint NO_SIGN_OF_VIDEO text=7 first",
-        "single_transformer_blocks.0.attn joint NO_SIGN_OF_VIDEO text=7 first",
-    ],
-    "image_vae": [
-        "encoder.mid_block.attentions.0 self NO_SIGN_OF_VIDEO 1x4x6",
-        "decoder.mid_block.attentions.0 self NO_SIGN_OF_VIDEO 1x4x6",
-    ],
-    "video_vae": ["attention.attentions.0 self FACTORISED 1x4x6"],
-    "llama": ["layers.0.self_attn self MASK", "layers.1.self_attn self MASK"],
-    "vit": [
-        "layers.0.attention joint NO_SIGN_OF_VIDEO text=1 first 1x8x8",
-        "layers.1.attention joint NO_SIGN_OF_VIDEO text=1 first 1x8x8",
-    ],
-}  # fmt: skip
-
-REGIONAL = {
-    "wan": ["attn1 self REWRITTEN", "attn2 cross CROSS"],
-    "wan_i2v": ["attn1 self REWRITTEN", "attn2 cross CROSS", "attn2 cross CROSS"],
-    "hunyuan_video": [
-        "token_refiner.refiner_blocks.0.attn self TEXT",
-        "attn joint REWRITTEN text=7 last",
-        "attn joint REWRITTEN text=7 last",
-    ],
-    "ltx": ["attn1 self REWRITTEN", "attn2 cross CROSS"],
-    "kandinsky5": [
-        "self_attention self NO_SIGN_OF_VIDEO",
-        "self_attention self REWRITTEN",
-        "cross_attention cross CROSS",
-    ],
-    "skyreels_v2": ["attn1 self REWRITTEN", "attn2 cross CROSS"],
-    "motif_video": ["attn joint REWRITTEN text=7 last", "attn joint REWRITTEN text=7 last"],
-    "flux": [
-        "attn joint NO_SIGN_OF_VIDEO text=7 first",
-        "attn joint NO_SIGN_OF_VIDEO text=7 first",
-    ],
-}
+F, H, W = golden.SIZE
+GOLDEN = golden.read()
 
 
-@pytest.mark.parametrize("name", WHOLE)
-def test_whole_model(name: str) -> None:
-    model, arguments = build(name)
-    assert [described(site) for site in capture(model, arguments(F, H, W)).sites] == WHOLE[name]
+@pytest.mark.parametrize(("name", "way"), GOLDEN)
+def test_models(name: str, way: str) -> None:
+    assert golden.verdicts(name, way) == GOLDEN[name, way], "if this is meant: python tests/models/golden.py"
 
 
-@pytest.mark.parametrize("name", REGIONAL)
-def test_block_by_block(name: str) -> None:
-    model, arguments = build(name)
-    backend = capture(model, arguments(F, H, W), regional=True)
-    assert [described(site) for site in backend.sites] == REGIONAL[name]
+def test_all_models_are_there() -> None:
+    assert list(GOLDEN) == [(b.__name__, way) for b in BUILDERS for way in golden.ways(b.__name__)]
+
+
+def test_the_page_of_models_is_up_to_date() -> None:
+    assert PAGE.read_text() == page(), "python tests/models/golden.py"
+
+
+def without_masks(lines: Sequence[str]) -> list[str]:
+    return [line.partition(" | ")[0] for line in lines]
 
 
 @pytest.mark.parametrize("name", ["wan", "cogvideox", "hunyuan_video", "ltx"])
 def test_dynamic_shapes_change_no_verdict(name: str) -> None:
     model, arguments = build(name)
     backend = capture(model, arguments(F, H, W), dynamic=True)
-    assert [described(site) for site in backend.sites] == WHOLE[name]
+    assert without_masks(golden.lines(backend)) == without_masks(GOLDEN[name, "whole"])
     lengths = [site.q_len for site in backend.sites if site.verdict.rewrite]
     assert all(isinstance(length, str) for length in lengths), "the graph is dynamic, and the site says so"
 
@@ -151,7 +45,7 @@ def test_dynamic_shapes_change_no_verdict(name: str) -> None:
 def test_dynamic_blocks(name: str) -> None:
     model, arguments = build(name)
     backend = capture(model, arguments(F, H, W), regional=True, dynamic=True)
-    assert [described(site) for site in backend.sites] == REGIONAL[name]
+    assert without_masks(golden.lines(backend)) == without_masks(GOLDEN[name, "regional"])
 
 
 def test_one_frame_is_a_video_too() -> None:

@@ -7,39 +7,26 @@ and a function that makes its arguments for a video size, so that one model can 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
+from models.tiny_others import OTHERS
+from models.tiny_parts import (
+    TEXT,
+    Arguments,
+    hunyuan_arguments,
+    hunyuan_config,
+    noise,
+    wan_arguments,
+    wan_config,
+)
+from models.tiny_wan import WAN_FAMILY
 from torch import Tensor, nn
-
-Arguments = dict[str, Any]
-TEXT = 7
-
-
-def noise(*size: int) -> Tensor:
-    return torch.randn(*size)
-
-
-def _wan_config() -> Arguments:
-    return {
-        "patch_size": (1, 2, 2), "num_attention_heads": 2, "attention_head_dim": 32, "in_channels": 4,
-        "out_channels": 4, "text_dim": 16, "freq_dim": 32, "ffn_dim": 64, "num_layers": 2,
-        "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "rope_max_seq_len": 32,
-    }  # fmt: skip
-
-
-def _wan_arguments(f: int, h: int, w: int, batch: int = 1) -> Arguments:
-    return {
-        "hidden_states": noise(batch, 4, f, 2 * h, 2 * w),
-        "timestep": torch.full((batch,), 500),
-        "encoder_hidden_states": noise(batch, TEXT, 16),
-    }
 
 
 def wan() -> tuple[nn.Module, Callable[..., Arguments]]:
     from diffusers import WanTransformer3DModel
 
-    return WanTransformer3DModel(**_wan_config()), _wan_arguments
+    return WanTransformer3DModel(**wan_config()), wan_arguments
 
 
 def wan_i2v() -> tuple[nn.Module, Callable[..., Arguments]]:
@@ -50,9 +37,9 @@ def wan_i2v() -> tuple[nn.Module, Callable[..., Arguments]]:
             "encoder_hidden_states": noise(batch, 512, 16),
             "encoder_hidden_states_image": noise(batch, 5, 16),
         }
-        return _wan_arguments(f, h, w, batch) | text
+        return wan_arguments(f, h, w, batch) | text
 
-    return WanTransformer3DModel(**_wan_config(), image_dim=16, added_kv_proj_dim=64), arguments
+    return WanTransformer3DModel(**wan_config(), image_dim=16, added_kv_proj_dim=64), arguments
 
 
 def cogvideox() -> tuple[nn.Module, Callable[..., Arguments]]:
@@ -79,23 +66,7 @@ def cogvideox() -> tuple[nn.Module, Callable[..., Arguments]]:
 def hunyuan_video() -> tuple[nn.Module, Callable[..., Arguments]]:
     from diffusers import HunyuanVideoTransformer3DModel
 
-    model = HunyuanVideoTransformer3DModel(
-        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=1,
-        num_single_layers=1, num_refiner_layers=1, patch_size=2, text_embed_dim=16, pooled_projection_dim=8,
-        rope_axes_dim=(4, 6, 6), guidance_embeds=True,
-    )  # fmt: skip
-
-    def arguments(f: int, h: int, w: int, batch: int = 1) -> Arguments:
-        return {
-            "hidden_states": noise(batch, 4, f, 2 * h, 2 * w),
-            "timestep": torch.full((batch,), 500),
-            "encoder_hidden_states": noise(batch, TEXT, 16),
-            "encoder_attention_mask": torch.arange(TEXT).expand(batch, TEXT) < 5,
-            "pooled_projections": noise(batch, 8),
-            "guidance": torch.full((batch,), 6000.0),
-        }
-
-    return model, arguments
+    return HunyuanVideoTransformer3DModel(**hunyuan_config()), hunyuan_arguments
 
 
 def hunyuan_video15() -> tuple[nn.Module, Callable[..., Arguments]]:
@@ -229,7 +200,7 @@ def kandinsky5() -> tuple[nn.Module, Callable[..., Arguments]]:
 def skyreels_v2() -> tuple[nn.Module, Callable[..., Arguments]]:
     from diffusers import SkyReelsV2Transformer3DModel
 
-    return SkyReelsV2Transformer3DModel(**_wan_config()), _wan_arguments
+    return SkyReelsV2Transformer3DModel(**wan_config()), wan_arguments
 
 
 def latte() -> tuple[nn.Module, Callable[..., Arguments]]:
@@ -378,7 +349,8 @@ def vit() -> tuple[nn.Module, Callable[..., Arguments]]:
 
 BUILDERS = (
     wan, wan_i2v, cogvideox, hunyuan_video, hunyuan_video15, ltx, mochi, allegro, cosmos, kandinsky5,
-    skyreels_v2, latte, easyanimate, motif_video, flux, image_vae, video_vae, llama, vit,
+    skyreels_v2, latte, easyanimate, motif_video, flux, image_vae, video_vae, llama, vit, *WAN_FAMILY,
+    *OTHERS,
 )  # fmt: skip
 
 

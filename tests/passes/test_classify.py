@@ -53,7 +53,7 @@ def test_self_attention_over_video() -> None:
         (lambda clip: F.scaled_dot_product_attention(*[tokens(clip)] * 3), video(), Reason.RANK),
         (masked(lambda x: torch.zeros(1, 1, 72, 72)), video(), Reason.MASK_FLOAT),
         (masked(lambda x: torch.zeros(1, 1, 1, 72)), video(), Reason.MASK_FLOAT),
-        (masked(lambda x: torch.ones(72, 72, dtype=torch.bool).tril()), video(), Reason.MASK),
+        (masked(lambda x: torch.ones(72, 72, dtype=torch.bool).tril()), video(), Reason.MASK_CAUSAL),
         (masked(lambda x: torch.ones(1, 2, 1, 72, dtype=torch.bool)), video(), Reason.MASK),
         (masked(lambda x: torch.ones(1, 1, 1, 1, dtype=torch.bool)), video(), Reason.MASK),
     ],

@@ -79,7 +79,7 @@ def test_forced_backends_end_with_their_context() -> None:
 
 def test_other_attention_is_named() -> None:
     def f(q: Tensor) -> Any:
-        return flex_attention(q, q, q)
+        return flex_attention(q, q, q, score_mod=lambda score, *_: score * 2)
 
     found = match(captured(f, Q).graph)
     assert found.calls == ()

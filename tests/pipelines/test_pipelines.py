@@ -69,7 +69,13 @@ def test_at_density_1_it_is_the_dense_pipeline(make: Any, name: str) -> None:
 
 @pytest.mark.parametrize(
     ("make", "name"),
-    [(whole, "wan"), (blockwise, "wan_i2v"), (blockwise, "hunyuan_video"), (whole, "cogvideox"), (whole, "ltx")],
+    [
+        (whole, "wan"),
+        (blockwise, "wan_i2v"),
+        (blockwise, "hunyuan_video"),
+        (whole, "cogvideox"),
+        (whole, "ltx"),
+    ],
     ids=lambda value: value if isinstance(value, str) else value.__name__,
 )
 def test_at_a_low_density_it_is_nearly_that(make: Any, name: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,7 +36,6 @@ class Tiny:
     pipe: Any
     arguments: dict[str, Any]
     guided: int = 1
-    bar: io.StringIO = field(default_factory=io.StringIO)
 
     def __call__(self, steps: int = 4, **changes: Any) -> Run:
         """Generates a clip, always from the same noise."""
@@ -71,34 +70,31 @@ def t5(umt5: bool = False) -> Any:
     from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
     config, model = (UMT5Config, UMT5EncoderModel) if umt5 else (T5Config, T5EncoderModel)
-    return model(
-        config(
-            vocab_size=len(WORDS), d_model=WIDTH, d_kv=8, d_ff=WIDTH, num_layers=1, num_heads=2,
-            relative_attention_num_buckets=8,
-        )  # fmt: skip
-    )
+    values = config(
+        vocab_size=len(WORDS), d_model=WIDTH, d_kv=8, d_ff=WIDTH, num_layers=1, num_heads=2,
+        relative_attention_num_buckets=8,
+    )  # fmt: skip
+    return model(values)
 
 
 def clip_text() -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(WORDS), hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-            num_attention_heads=2, pad_token_id=0, bos_token_id=2, eos_token_id=1,
-        )  # fmt: skip
-    )
+    config = CLIPTextConfig(
+        vocab_size=len(WORDS), hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=2, pad_token_id=0, bos_token_id=2, eos_token_id=1,
+    )  # fmt: skip
+    return CLIPTextModel(config)
 
 
 def llama() -> Any:
     from transformers import LlamaConfig, LlamaModel
 
-    return LlamaModel(
-        LlamaConfig(
-            vocab_size=len(WORDS), hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=3,
-            num_attention_heads=2, pad_token_id=0, bos_token_id=2, eos_token_id=1,
-        )  # fmt: skip
-    )
+    config = LlamaConfig(
+        vocab_size=len(WORDS), hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=3,
+        num_attention_heads=2, pad_token_id=0, bos_token_id=2, eos_token_id=1,
+    )  # fmt: skip
+    return LlamaModel(config)
 
 
 def _wan_vae() -> Any:
@@ -111,7 +107,7 @@ def _wan_vae() -> Any:
     )  # fmt: skip
 
 
-def _wan_transformer(**changes: Any) -> Any:
+def wan_transformer(**changes: Any) -> Any:
     from diffusers import WanTransformer3DModel
 
     config = {
@@ -137,7 +133,7 @@ def wan() -> Tiny:
 
     pipe = WanPipeline(
         tokenizer=tokenizer(), text_encoder=t5(umt5=True), vae=_wan_vae(), scheduler=_flow(),
-        transformer=_wan_transformer(),
+        transformer=wan_transformer(),
     )  # fmt: skip
     return Tiny(pipe, {**_GUIDED, "max_sequence_length": TEXT}, guided=2)
 
@@ -149,7 +145,7 @@ def wan22() -> Tiny:
     unipc = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     pipe = WanPipeline(
         tokenizer=tokenizer(), text_encoder=t5(umt5=True), vae=_wan_vae(), scheduler=unipc,
-        transformer=_wan_transformer(), transformer_2=_wan_transformer(), boundary_ratio=0.875,
+        transformer=wan_transformer(), transformer_2=wan_transformer(), boundary_ratio=0.875,
     )  # fmt: skip
     return Tiny(pipe, {**_GUIDED, "max_sequence_length": TEXT}, guided=2)
 
@@ -159,16 +155,14 @@ def wan_i2v() -> Tiny:
     from PIL import Image
     from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
-    vision = CLIPVisionModel(
-        CLIPVisionConfig(
-            hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=2, num_attention_heads=2,
-            image_size=16, patch_size=4,
-        )  # fmt: skip
-    )
+    vision = CLIPVisionConfig(
+        hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=2, num_attention_heads=2,
+        image_size=16, patch_size=4,
+    )  # fmt: skip
     pipe = WanImageToVideoPipeline(
         tokenizer=tokenizer(), text_encoder=t5(umt5=True), vae=_wan_vae(), scheduler=_flow(),
-        image_encoder=vision, image_processor=CLIPImageProcessor(crop_size=16, size=16),
-        transformer=_wan_transformer(in_channels=2 * CHANNELS + 2, image_dim=WIDTH, added_kv_proj_dim=64),
+        image_encoder=CLIPVisionModel(vision), image_processor=CLIPImageProcessor(crop_size=16, size=16),
+        transformer=wan_transformer(in_channels=2 * CHANNELS + 2, image_dim=WIDTH, added_kv_proj_dim=64),
     )  # fmt: skip
     image = Image.new("RGB", (64, 64), (200, 100, 50))
     # The image's cross attention takes the last 512 tokens for text.
@@ -247,6 +241,10 @@ BUILDERS: tuple[Callable[[], Tiny], ...] = (wan, wan22, wan_i2v, hunyuan_video, 
 
 
 def build(name: str) -> Tiny:
-    """Always the same weights."""
+    """Always the same weights, and nothing dropped out."""
     torch.manual_seed(0)
-    return {builder.__name__: builder for builder in BUILDERS}[name]()
+    tiny = {builder.__name__: builder for builder in BUILDERS}[name]()
+    for part in tiny.pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval()
+    return tiny

@@ -1,0 +1,86 @@
+"""What the passes say of every model, kept in verdicts.txt; docs/MODELS.md is written from it.
+
+    python tests/models/golden.py          writes both anew (about two minutes)
+
+min_tokens is 1, so what stays dense does so for what it is. A section per model and way of compiling, with
+the number of graphs; a line per kind of site: path, self or joint or cross, REASON, text, grid | mask. Sites
+that differ in nothing but numbers in their paths share a line. Videos are of 3 x 4 x 6 tokens, or LARGER.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from models.capture import Backend, capture, described
+from models.tiny import BUILDERS, build
+from models.tiny_others import BREAKS_WHEN_REGIONAL
+
+FILE = Path(__file__).with_name("verdicts.txt")
+SIZE = (3, 4, 6)
+# Of models with a history before the video, one large enough that its coarse tokens form rows as well.
+LARGER = {"helios": (3, 16, 24), "hunyuan_video_framepack": (3, 16, 24)}
+NO_VIDEO = ("flux", "image_vae", "video_vae", "llama", "vit")
+WAYS = {"whole": False, "regional": True}
+
+
+def lines(backend: Backend) -> list[str]:
+    """The section of one model compiled in one way, its header line without the name first."""
+    found: Counter[str] = Counter()
+    for site in backend.sites:
+        path, _, rest = described(site).partition(" ")
+        found[f"{_general(path)} {rest} | {site.mask}"] += 1
+    others = Counter(
+        _general(name.partition(" (")[0]) for captured in backend.captured for name in captured.others
+    )
+    graphs = f"{len(backend.captured)} graph" + "s" * (len(backend.captured) > 1)
+    rows = [f"{count} x {row.strip()}" for row, count in found.items()]
+    left = [f"{count} x {name} | not rewritable" for name, count in others.items()]
+    return [graphs, *rows, *left]
+
+
+def _general(path: str) -> str:
+    """Without the numbers of layers."""
+    return re.sub(r"(^|[.])[0-9]+(?=[.]|$)", r"\1*", path)
+
+
+def ways(name: str) -> list[str]:
+    regional = getattr(build(name)[0], "_repeated_blocks", None) and name not in BREAKS_WHEN_REGIONAL
+    return ["whole", "regional"] if regional else ["whole"]
+
+
+def verdicts(name: str, way: str) -> list[str]:
+    model, arguments = build(name)
+    return lines(capture(model, arguments(*LARGER.get(name, SIZE)), regional=WAYS[way]))
+
+
+def read() -> dict[tuple[str, str], list[str]]:
+    """(model, way) -> its section."""
+    sections: dict[tuple[str, str], list[str]] = {}
+    for block in FILE.read_text().strip().split("\n\n"):
+        head, *rest = block.split("\n")
+        name, way, graphs = head.strip("[]").split(" ", 2)
+        sections[name, way] = [graphs, *rest]
+    return sections
+
+
+def write() -> None:
+    blocks = []
+    for builder in BUILDERS:
+        for way in ways(builder.__name__):
+            graphs, *rows = verdicts(builder.__name__, way)
+            blocks.append("\n".join([f"[{builder.__name__} {way} {graphs}]", *rows]))
+            print(blocks[-1], flush=True)
+    FILE.write_text("\n\n".join(blocks) + "\n")
+
+
+if __name__ == "__main__":
+    from models.matrix import PAGE, page
+
+    write()
+    PAGE.write_text(page())

@@ -1,0 +1,87 @@
+"""docs/MODELS.md, made from verdicts.txt: which attention of which model is rewritten."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from models.golden import NO_VIDEO, read
+from models.tiny import BUILDERS, build
+
+from svg_ear_compile.passes.site import Reason
+
+PAGE = Path(__file__).parents[2] / "docs" / "MODELS.md"
+_HEAD = """# Models
+
+Every video transformer class of the installed diffusers, compiled as a whole and by
+`compile_repeated_blocks`, in tiny configurations. This page and `tests/models/verdicts.txt` are written by
+`python tests/models/golden.py`; tests hold them against the code. Cross attention and attention over text,
+sound or images stays dense everywhere and is not listed.
+
+- whole, regional: calls of attention over video tokens, rewritten of all there are (and the number of graphs,
+  if there is more than one). "-": the class names no repeated blocks, or they cannot be compiled alone.
+- text: where other tokens lie in the same sequence. They are always exact.
+- mask: what of the attention mask becomes the key padding of the ops.
+- grid: where the frame grid is known from (regional: always the rotary tables).
+"""
+
+
+def page() -> str:
+    sections = read()
+    rows, notes = [], []
+    for builder in BUILDERS:
+        name = builder.__name__
+        if name in NO_VIDEO:
+            continue
+        whole, regional = sections[name, "whole"], sections.get((name, "regional"))
+        text, mask, grid, reasons = _facts(whole if _video(whole) else regional or whole)
+        rows.append(
+            [f"{type(build(name)[0]).__name__} ({name})", _count(whole), _count(regional), text, mask, grid]
+        )
+        notes += [f"- {name}: {reason}" for reason in reasons]
+        if _graphs(whole) > 1:
+            notes.append(f"- {name}: compiled as a whole it breaks into {_graphs(whole)} graphs")
+    head = ["class (test)", "whole", "regional", "text", "mask", "grid"]
+    lines = [head, ["---"] * len(head), *rows]
+    table = "\n".join("| " + " | ".join(row) + " |" for row in lines)
+    return f"{_HEAD}\n{table}\n\nWhat stays dense, and why:\n\n" + "\n".join(dict.fromkeys(notes)) + "\n"
+
+
+def _graphs(section: list[str]) -> int:
+    return int(section[0].split()[0])
+
+
+def _video(section: list[str]) -> list[str]:
+    """Lines over video tokens: neither cross attention nor text."""
+    return [line for line in section[1:] if not re.search(r" (CROSS|TEXT|NO_SIGN_OF_VIDEO)\b", line)]
+
+
+def _count(section: list[str] | None) -> str:
+    if section is None:
+        return "-"
+    lines = [line for line in _video(section) if "outside of the graphs" not in line]
+    counts = [(int(line.split(" x ")[0]), " REWRITTEN" in line) for line in lines]
+    graphs = f" ({section[0]})" if _graphs(section) > 1 else ""
+    return f"{sum(n for n, yes in counts if yes)} of {sum(n for n, _ in counts)}{graphs}"
+
+
+def _facts(section: list[str]) -> tuple[str, str, str, list[str]]:
+    """(text, mask, grid, why what stays dense does)."""
+    lines = _video(section)
+    text = next((m[1] for line in lines if (m := re.search(r"text=\d+ (first|last)", line))), "")
+    left = [line for line in lines if line.endswith("not rewritable")]
+    masks = {re.sub(r" ?\[.*?\].*", "", line.partition(" | ")[2]) for line in lines if line not in left} - {
+        "none"
+    }
+    grid = "shapes" if any(re.search(r"\d+x\d+x\d+ \|", line) for line in lines) else "rotary tables"
+    reasons = []
+    for line in lines:
+        known = next((r for r in Reason if re.search(rf" {r.name}\b", line)), None)
+        where = line.split(" x ", 1)[1].split(" ")[0]
+        if known is None:
+            reasons.append(line.split(" x ", 1)[1].partition(" | ")[0] + " is not rewritten")
+        elif known is not Reason.REWRITTEN:
+            reasons.append(f"`{where}` {known.sentence}")
+    if not any(" REWRITTEN" in line for line in lines):
+        grid = ""
+    return text, ", ".join(sorted(m for m in masks if m)), grid, reasons

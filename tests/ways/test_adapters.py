@@ -1,0 +1,112 @@
+"""What diffusers does to a transformer's layers: LoRA, fused projections, offloading."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from toy import calls, compiled
+from ways.wan import DENSITY_1, LAYERS, ROUNDING, arguments, blockwise, error, wan
+
+import svg_ear_compile
+from svg_ear_compile.state import layers
+
+pytestmark = [pytest.mark.usefixtures("fresh"), pytest.mark.filterwarnings("error:svg_ear")]
+
+WAYS = {"whole": compiled, "blockwise": blockwise}
+ways = pytest.mark.parametrize("how", WAYS)
+FIRST_DENSE = {**DENSITY_1, "dense_layers": 1}
+"""To see that layers are told apart."""
+
+
+def lora(seed: int) -> dict[str, Tensor]:
+    """Weights of an adapter, as a file would hold them."""
+    peft = pytest.importorskip("peft")
+    model = wan()
+    torch.manual_seed(seed)
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    model.add_adapter(peft.LoraConfig(r=4, lora_alpha=4, target_modules=targets, init_lora_weights=False))
+    weights = peft.utils.get_peft_model_state_dict(model, adapter_name="default")
+    return {f"transformer.{name}": weight.clone() for name, weight in weights.items()}
+
+
+def adapted(weights: dict[str, Tensor]) -> Any:
+    model = wan()
+    model.load_lora_adapter(dict(weights), adapter_name="style")
+    return model
+
+
+@ways
+def test_lora_loaded_before_and_swapped_after(how: str) -> None:
+    first, second = lora(1), lora(2)
+    expected = [adapted(weights)(**arguments())[0] for weights in (first, second)]
+    assert error(*expected) > 0.01
+    model = adapted(first)
+    run = WAYS[how](model, FIRST_DENSE)
+    assert error(run(**arguments())[0], expected[0]) < ROUNDING
+    assert calls() == (1, {"dense layers": 1})
+    model.load_lora_adapter(dict(second), adapter_name="style", hotswap=True)
+    assert error(run(**arguments())[0], expected[1]) < ROUNDING
+    assert calls() == (2, {"dense layers": 2})
+    assert len(svg_ear_compile.report().graphs) == 1, "not compiled again"
+    assert len(layers) == LAYERS
+
+
+@ways
+def test_lora_switched_off(how: str) -> None:
+    model = adapted(lora(1))
+    run = WAYS[how](model, FIRST_DENSE)
+    run(**arguments())
+    model.disable_adapters()
+    assert error(run(**arguments())[0], wan()(**arguments())[0]) < ROUNDING
+    assert calls() == (2, {"dense layers": 2})
+
+
+@ways
+def test_fused_projections(how: str) -> None:
+    model = wan()
+    expected = model(**arguments())[0]
+    model.fuse_qkv_projections()
+    assert error(WAYS[how](model, FIRST_DENSE)(**arguments())[0], expected) < ROUNDING
+    assert calls() == (1, {"dense layers": 1})
+
+
+@ways
+def test_group_offloading_of_blocks(how: str) -> None:
+    from diffusers.hooks import apply_group_offloading
+
+    model = wan()
+    expected = model(**arguments())[0]
+    cpu = torch.device("cpu")
+    apply_group_offloading(
+        model, onload_device=cpu, offload_device=cpu, offload_type="block_level", num_blocks_per_group=1
+    )
+    run = compiled(model, FIRST_DENSE) if how == "whole" else blockwise(model, FIRST_DENSE, fullgraph=False)
+    for timestep in (500, 500):
+        assert error(run(**arguments(timestep))[0], expected) < ROUNDING
+    assert calls() == (2, {"dense layers": 2})
+
+
+def test_weights_moved_between_calls() -> None:
+    """As offloading of whole models does: same Parameters, other storage."""
+    model = wan()
+    expected = model(**arguments())[0]
+    run = compiled(model, FIRST_DENSE)
+    run(**arguments())
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    assert error(run(**arguments())[0], expected) < ROUNDING
+    assert calls() == (2, {"dense layers": 2})
+    assert len(svg_ear_compile.report().graphs) == 1
+    assert len(layers) == LAYERS
+
+
+def test_int8_weights() -> None:
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    model = wan()
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    expected = model(**arguments())[0]
+    assert error(compiled(model, FIRST_DENSE)(**arguments())[0], expected) < ROUNDING
+    assert calls() == (1, {"dense layers": 1})
