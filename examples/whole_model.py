@@ -2,7 +2,7 @@
 
     SVG_EAR_REPORT=1 python examples/whole_model.py
 
-A Wan transformer with random weights and 1,024 video tokens; real models need no min_tokens, nor the other two.
+A Wan transformer with random weights and 1,024 video tokens; real models need none of these options.
 """
 
 import torch

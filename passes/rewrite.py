@@ -26,7 +26,7 @@ from svg_ear_compile.kernels import ops
 from .axis_moves import op_name
 from .match import Call, match
 from .site import Site
-from .sizes import Extent, example
+from .sizes import Extent, example, hint
 
 
 class SiteSettings(Protocol):
@@ -131,6 +131,9 @@ def _replace(
         if mask is not None and site.key_mask is not None and site.key_mask.zero_rows:
             rows = _method(graph, "transpose", mask, 2, 3, value=example(mask).transpose(2, 3))
             result = add(torch.where, (rows, result, 0.0), value)
+        if lies_by_head(out_value):
+            # Attention over contiguous operands answers contiguously, and a view may rely on that.
+            result = _method(graph, "contiguous", result, value=out_value)
     call.node.replace_all_uses_with(result)
     remove_unused(graph, call.node)
 
@@ -153,6 +156,11 @@ def _key_row(graph: fx.Graph, node: fx.Node) -> fx.Node:
     while example(node).dim() < 4:
         node = _method(graph, "unsqueeze", node, 1, value=example(node).unsqueeze(1))
     return node
+
+
+def lies_by_head(out: torch.Tensor) -> bool:
+    """Whether [B,H,L,D] lies as such in memory, and not as [B,L,H,D] like the output of our ops."""
+    return (hint(out.stride(1)) or 0) > (hint(out.stride(2)) or 0)
 
 
 def _extent(

@@ -22,7 +22,8 @@ def run(name: str, tmp_path: Path, **environment: str) -> tuple[str, list[dict[s
     variables = {"SVG_EAR_REPORT": str(report), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / name)],
-        env={**os.environ, **variables, **environment}, cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={**os.environ, **variables, **environment},
+        cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     sites = [site for graph in json.loads(report.read_text())["graphs"] for site in graph["sites"]]

@@ -136,3 +136,17 @@ def test_dense_sites_stay_as_they_are() -> None:
     merge(new)
     assert targets(new) == ["sdpa", "svg_ear::attention"]
     assert constants_of(new.find_nodes(op="call_function", target=OPS.attention.default)[0]).site == 1
+
+
+def test_a_view_of_the_output_still_works() -> None:
+    """Attention over a contiguous query answers contiguously; our ops lie as [B,L,H,D]."""
+
+    def f(clip: Tensor) -> Tensor:
+        x = tokens(clip).unflatten(-1, (2, 16)).transpose(1, 2).contiguous()
+        return F.scaled_dot_product_attention(x, x, x).view(4, -1, 16)
+
+    clip = video().repeat(2, 1, 1, 1, 1)
+    graph = captured(f, clip)
+    graph.gm.graph = rewrite(graph.gm, graph.sites, Knobs(density=1.0))
+    graph.gm.recompile()
+    torch.testing.assert_close(graph.gm(clip)[0], f(clip), atol=1e-5, rtol=1e-4)
