@@ -110,7 +110,11 @@ def table(rows: list[Row]) -> str:
 
 def write(rows: list[Row], path: Path, settings: dict[str, Any]) -> None:
     """The rows with what they were measured on."""
-    device = torch.cuda.get_device_name() if settings["device"] == "cuda" else platform.processor()
+    device = (
+        torch.cuda.get_device_name()
+        if settings["device"] == "cuda"
+        else platform.processor() or platform.machine()
+    )
     told = {
         "settings": settings,
         "hardware": device,

@@ -34,7 +34,7 @@ def sign_of_video(call: Call, axis: Axis, example_inputs: Sequence[object], vide
     for part in video_parts(axis):
         root = next((atom.root for atom in part if len(shape(atom.root) or ()) == 5), None)
         if root is not None:
-            return f"frames of the 5-D input {last_key(root)}" if is_packed_video(part) else ""
+            return f"frames of a 5-D input, {last_key(root)}" if is_packed_video(part) else ""
         if any(is_activation(atom.root) and len(shape(atom.root) or ()) == 4 for atom in part):
             return ""  # pixels of images
     placeholders = rotary_placeholders(call.node.graph, {video_tokens})

@@ -26,9 +26,7 @@ from . import quality, tiny_wan
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
 
-PROMPT = (
-    "a striped red star moving left in front of a plain blue disc moving right, over the cat photo panning up"
-)
+PROMPT = "a plain red square moving right, over the rocket photo panning left"
 DENSE_STEPS = 0.2  # share of the steps that stay dense, as in the paper
 PAYS_BELOW = 0.85  # a sparse step that takes more of a dense step than this is not worth it
 CPU_BUDGET = 150.0  # seconds of sampling, both runs, beyond which a CPU run gives up guidance

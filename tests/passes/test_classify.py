@@ -38,7 +38,7 @@ def masked(make: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 def test_self_attention_over_video() -> None:
     site = site_of(self_attention(), video())
     assert site.verdict.rewrite
-    assert str(site.verdict) == "self attention over video tokens (frames of the 5-D input clip)"
+    assert str(site.verdict) == "self attention over video tokens (frames of a 5-D input, clip)"
     assert (site.batch, site.heads, site.head_dim, site.q_len, site.dtype) == (1, 2, 16, 72, "float32")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from models.capture import Backend, Captured, capture, compiled, fresh_dynamo
+from models.capture import Backend, Captured, Knobs, capture, compiled, fresh_dynamo
 from models.graphs import captured, heads, tokens, video
 from models.tiny import build
 from torch import Tensor, nn
@@ -50,6 +50,16 @@ def test_one_block(dynamic: bool | None) -> None:
         "rotary": ["l_rotary_emb_0_", "l_rotary_emb_1_"],
         "parameters": ["l_self_modules_attn1_modules_to_q_parameters_weight_"],
     }
+
+
+def test_arguments_by_position_have_no_names() -> None:
+    model, arguments = build("wan")
+    given = arguments(3, 4, 6)
+    by_position = [given.pop(name) for name in ("hidden_states", "timestep", "encoder_hidden_states")]
+    backend = Backend(Knobs())
+    with fresh_dynamo(), torch.no_grad():
+        compiled(model, backend)(*by_position, **given)
+    assert names(backend.captured[0])["timestep"] == "l_args_1_"
 
 
 def test_the_parameter_tells_blocks_apart() -> None:
