@@ -150,7 +150,7 @@ def test_demo_with_a_backend_that_changes_nothing(
     assert json.loads((tmp_path / "demo.json").read_text())["settings"]["density"] == 0.25
     said = capsys.readouterr().out
     assert re.search(r"A sparse step takes \d+\.\d\dx of a dense one", said)
-    assert "a striped red star moving left in front of" in said
+    assert "a plain red square moving right" in said
 
 
 def test_demo_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
