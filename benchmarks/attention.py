@@ -1,11 +1,14 @@
 """How fast is one sparse attention call at real video sizes? One command, one table.
 
-    python benchmarks/attention.py [--shapes wan,hunyuan,cogvideox] [--densities .25,.15,.10] [--json PATH]
+    python benchmarks/attention.py [--shapes all] [--densities .25,.15,.10] [--flex] [--json PATH]
 
 Timed from query, key, value as a model gives them ([B,L,H,D] permuted to [B,H,L,D]) to the output in the same
-layout. Dense is the faster of cuDNN and FlashAttention in the same run, without a mask. Random data with
+layout. Dense is the fastest of cuDNN and FlashAttention (and flex_attention with --flex) in the same run,
+without a mask; where the model has one, dense with it is timed too, and ours gets it. Random data with
 cluster structure (smooth low-rank fields over the frame grid, plus noise), rotating inputs, CUDA events,
-medians.
+medians. The stages are the kernel times of one profiled call; "limit" is density x dense time plus one read
+of query, key and value, and "flex lists" flex_attention over the same block lists, which drops the skipped
+blocks (video-only shapes, where its blocks and ours are the same).
 
 A speed-up is withheld ("check failed") where the output misses the joint softmax of the very plan that the
 call used, on sampled queries ("to plan"). "error": relative difference from dense attention, also sampled.
@@ -15,84 +18,32 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import itertools
 import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.profiler import ProfilerActivity, profile
+from tqdm import tqdm
+from video_shapes import SHAPES, Inputs, Shape, make_inputs, padding_mask
 
-from svg_ear_compile.kernels import context, ops, triton_attention  # noqa: F401 - registers the ops
-from svg_ear_compile.kernels.plan import Plan
+from svg_ear_compile.kernels import context, ops  # noqa: F401 - registers the ops
+from svg_ear_compile.kernels.plan import KEY_BLOCK, QUERY_BLOCK, Plan
 
-
-class Shape(NamedTuple):
-    """Tokens of one attention call: a frame grid of video, and text."""
-
-    name: str
-    grid: tuple[int, int, int]
-    text: int
-    text_first: bool
-    heads: int
-    head_dim: int
-
-    @property
-    def length(self) -> int:
-        return math.prod(self.grid) + self.text
-
-
-SHAPES = {
-    "wan": Shape("Wan 14B 720p", (21, 45, 80), 0, False, 40, 128),
-    "wan480": Shape("Wan 14B 480p", (21, 30, 52), 0, False, 40, 128),
-    "wan1.3b": Shape("Wan 1.3B 480p", (21, 30, 52), 0, False, 12, 128),
-    "hunyuan": Shape("HunyuanVideo 720p", (33, 45, 80), 256, False, 24, 128),
-    "hunyuan1.5": Shape("HunyuanVideo 1.5 720p", (31, 45, 80), 1985, False, 16, 128),
-    "cogvideox": Shape("CogVideoX 5B", (13, 30, 45), 226, True, 48, 64),
-    "ltx": Shape("LTX", (11, 24, 28), 0, False, 32, 64),
-    "long": Shape("long video", (64, 64, 64), 0, False, 24, 128),
-    "small": Shape("small, to try this file", (5, 20, 26), 40, False, 4, 128),
-}
+# The names of kernels that belong to a stage; all others are its "rest": routing, lists, offsets, copies.
+STAGES = {"permute ms": ("gather_kernel",), "probe ms": ("probe_kernel",), "attend ms": ("attention",)}
+PEAK_BYTES = 4.3e12  # bytes per second that an H200 reads from its memory, measured
 # The joint softmax in float32 over the plan's own low-precision tensors: what is left is rounding.
 CHECK_ROW, CHECK_ALL = 0.03, 0.008
-
-
-def make_inputs(shape: Shape, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """query, key, value [1,H,L,D] bfloat16, strided as [1,L,H,D].
-
-    Per head: 24 smooth random fields over the grid, at three scales, mixed into D channels by random matrices
-    (query's and key's are alike, so that neighbours attend to each other), plus noise.
-    """
-    random = torch.Generator("cuda").manual_seed(seed)
-    H, L, D = shape.heads, shape.length, shape.head_dim
-    out = torch.empty(3, 1, L, H, D, device="cuda", dtype=torch.bfloat16)
-
-    def noise(*size: int) -> Tensor:
-        return torch.randn(size, device="cuda", generator=random)
-
-    video = slice(shape.text, L) if shape.text_first else slice(0, L - shape.text)
-    text = slice(0, shape.text) if shape.text_first else slice(L - shape.text, L)
-    for head in range(H):
-        parts = []
-        for cells in (3, 6, 12):
-            coarse = noise(1, 8, *(min(cells, n) for n in shape.grid))
-            field = F.interpolate(coarse, size=shape.grid, mode="trilinear", align_corners=True)
-            parts.append(field.flatten(2)[0].T)
-        fields = torch.cat(parts, 1)
-        fields = torch.cat([fields / fields.std(0), noise(shape.text, 24)])
-        shared, own = noise(24, D), noise(3, 24, D)
-        for i, amount in enumerate((0.3, 0.3, 1.0)):
-            mixed = fields @ ((1 - amount) * shared + amount * own[i]) / 24**0.5
-            mixed = 1.5 * mixed + 0.5 * noise(L, D) * (1 if i < 2 else 2)
-            out[i, 0, video, head] = mixed[: L - shape.text].bfloat16()
-            out[i, 0, text, head] = mixed[L - shape.text :].bfloat16()
-    query, key, value = out.transpose(2, 3)
-    return query, key, value
 
 
 def milliseconds(call: Callable[[int], Any], repeats: int, warmup: int = 1) -> float:
@@ -108,19 +59,54 @@ def milliseconds(call: Callable[[int], Any], repeats: int, warmup: int = 1) -> f
     return sorted(times[warmup:])[repeats // 2]
 
 
-def best_dense(inputs: list[tuple[Tensor, Tensor, Tensor]], repeats: int) -> tuple[float, str]:
-    """(milliseconds, name) of the fastest dense attention."""
-    found = []
+def dense_times(inputs: Inputs, repeats: int, flex: bool) -> dict[str, float]:
+    """Milliseconds of dense attention without a mask, by what computes it."""
+    found = {}
     for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
         with sdpa_kernel(backend):
             try:
-                time = milliseconds(
+                found[backend.name.split("_")[0].lower()] = milliseconds(
                     lambda i: F.scaled_dot_product_attention(*inputs[i % len(inputs)]), repeats
                 )
-                found.append((time, backend.name.split("_")[0].lower()))
-            except RuntimeError:
-                continue
-    return min(found)
+            except RuntimeError as error:  # not every one supports every shape
+                print(f"{backend.name}: {error}")
+    if flex:
+        found["flex"] = milliseconds(lambda i: compiled_flex(*inputs[i % len(inputs)]), repeats)
+    return found
+
+
+def masked_dense_time(inputs: Inputs, mask: Tensor, repeats: int) -> float:
+    """Milliseconds of dense attention with the model's bool mask, as torch picks it."""
+    call = lambda i: F.scaled_dot_product_attention(*inputs[i % len(inputs)], attn_mask=mask)  # noqa: E731
+    return milliseconds(call, repeats)
+
+
+@functools.cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def compiled_flex(*arguments: Any, **options: Any) -> Tensor:
+    out: Tensor = _compiled_flex()(*arguments, **options)
+    return out
+
+
+def flex_time(query: Tensor, plan: Plan, repeats: int) -> float:
+    """Milliseconds of flex_attention over the plan's lists, with the queries in block order already."""
+    L = query.shape[2]
+    blocks = BlockMask.from_kv_blocks(
+        torch.zeros_like(plan.kept_count), torch.zeros_like(plan.kept_blocks), plan.kept_count,
+        plan.kept_blocks.clamp(min=0), BLOCK_SIZE=(QUERY_BLOCK, KEY_BLOCK), seq_lengths=(L, L),
+        compute_q_blocks=False,
+    )  # fmt: skip
+    query = query.gather(2, plan.query_order.long()[..., None].expand_as(query))
+    tiles = {"BLOCK_M": QUERY_BLOCK, "BLOCK_N": KEY_BLOCK}
+
+    def call(_: int) -> None:
+        with torch.no_grad():
+            compiled_flex(query, plan.key, plan.value, block_mask=blocks, kernel_options=tiles)
+
+    return milliseconds(call, repeats)
 
 
 def error_to_plan(
@@ -157,43 +143,52 @@ def error_to_plan(
     return worst, math.sqrt(difference / norm)
 
 
-def error_to_dense(out: Tensor, inputs: tuple[Tensor, Tensor, Tensor], rows: int = 256) -> float:
+def error_to_dense(
+    out: Tensor, inputs: tuple[Tensor, Tensor, Tensor], mask: Tensor | None, rows: int = 256
+) -> float:
     """Relative error against dense attention on some queries of every head."""
     query, key, value = inputs
     sample = torch.linspace(0, query.shape[2] - 1, rows, device=query.device).long()
-    dense = F.scaled_dot_product_attention(query[:, :, sample], key, value).float()
+    dense = F.scaled_dot_product_attention(query[:, :, sample], key, value, attn_mask=mask).float()
     return ((out[:, :, sample].float() - dense).norm() / dense.norm()).item()
 
 
+def stage_times(call: Callable[[int], Any]) -> dict[str, float]:
+    """Milliseconds of GPU time by stage, and the number of kernels, of one call."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        call(0)
+        torch.cuda.synchronize()
+    events = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    stages = dict.fromkeys([*STAGES, "rest ms"], 0.0)
+    for event in events:
+        named = (stage for stage, names in STAGES.items() if any(name in event.name for name in names))
+        stages[next(named, "rest ms")] += event.device_time / 1000
+    return {**stages, "kernels": len(events)}
+
+
 def measure(
-    shape: Shape, inputs: list[tuple[Tensor, Tensor, Tensor]], density: float, order: str, routing: str,
-    repeats: int,
-) -> dict[str, Any]:  # fmt: skip
+    shape: Shape, inputs: Inputs, density: float, order: str, routing: str, repeats: int, flex: bool
+) -> dict[str, Any]:
     """One row of the table, without what dense attention takes."""
     constants = (None, shape.text, shape.text_first, list(shape.grid), order, routing, True, density, 0, 0)
-    scale = shape.head_dim**-0.5
+    scale, mask = shape.head_dim**-0.5, padding_mask(shape)
     first = context.Call(strict=True)
     with context.active(first):
-        plan = Plan(*torch.ops.svg_ear.clustered_permute(*inputs[0], None, *constants))
+        plan = Plan(*torch.ops.svg_ear.clustered_permute(*inputs[0], mask, *constants))
     totals = first.totals[0]
     with context.active(context.Call(strict=True)):
-        out = torch.ops.svg_ear.attention(*inputs[0], None, *constants)
+        out = torch.ops.svg_ear.attention(*inputs[0], mask, *constants)
     heads = sorted({0, shape.heads // 2, shape.heads - 1})
     worst, overall = error_to_plan(out, inputs[0][0], plan, scale, heads)
+    lists = {"flex lists ms": flex_time(inputs[0][0], plan, repeats)} if flex and not shape.text else {}
+    del plan
 
     # One context per input: what is carried from call to call (k-means centroids) belongs to one input.
     calls = [context.Call(strict=True) for _ in inputs]
 
     def whole(i: int) -> None:
         with context.active(calls[i % len(inputs)]):
-            torch.ops.svg_ear.attention(*inputs[i % len(inputs)], None, *constants)
-
-    def permute(i: int) -> None:
-        with context.active(calls[i % len(inputs)]):
-            torch.ops.svg_ear.clustered_permute(*inputs[i % len(inputs)], None, *constants)
-
-    def attend(_: int) -> None:
-        triton_attention.attend(inputs[0][0], plan, scale, out, order == "kmeans")
+            torch.ops.svg_ear.attention(*inputs[i % len(inputs)], mask, *constants)
 
     for i in range(len(inputs)):
         whole(i)
@@ -202,14 +197,14 @@ def measure(
     before = torch.cuda.memory_allocated()
     total = milliseconds(whole, repeats)
     memory = torch.cuda.max_memory_allocated() - before
-    permuting, attending = milliseconds(permute, repeats), milliseconds(attend, repeats)
+    stages = stage_times(whole)
     exact, executed = (x.item() / totals.pairs for x in (totals.exact, totals.executed))
     flops = 4 * shape.heads * shape.length**2 * shape.head_dim
     return {
         "shape": shape.name, "tokens": shape.length, "heads x d": f"{shape.heads} x {shape.head_dim}",
-        "order": order, "density": density, "exact": exact, "executed": executed, "permute ms": permuting,
-        "attend ms": attending, "total ms": total, "TFLOP/s": flops * executed / attending / 1e9,
-        "error": error_to_dense(out, inputs[0]), "to plan": overall, "extra GB": memory / 1e9,
+        "order": order, "density": density, "exact": exact, "executed": executed, **stages, "total ms": total,
+        **lists, "TFLOP/s": flops * executed / stages["attend ms"] / 1e9,
+        "error": error_to_dense(out, inputs[0], mask), "to plan": overall, "extra GB": memory / 1e9,
         "passed": worst <= CHECK_ROW and overall <= CHECK_ALL,
     }  # fmt: skip
 
@@ -218,35 +213,55 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shapes", default="wan,hunyuan,cogvideox", help=f"of {', '.join(SHAPES)}")
+    parser.add_argument("--shapes", default="all", help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--densities", default=".25,.15,.10")
     parser.add_argument("--orders", default="auto", help="of auto, cubes, splits, kmeans")
     parser.add_argument("--routing", default="output_error", help="output_error or svg_ear")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--flex", action="store_true", help="flex_attention too, dense and over our lists")
     parser.add_argument("--json", type=Path, help="writes the records, hardware and versions there")
     arguments = parser.parse_args()
     densities = [float(x) for x in arguments.densities.split(",")]
-    records = []
-    for name in arguments.shapes.split(","):
-        shape = SHAPES[name]
+    records: list[dict[str, Any]] = []
+    names = list(SHAPES) if arguments.shapes == "all" else arguments.shapes.split(",")
+    for shape in tqdm([SHAPES[name] for name in names], desc="shapes", disable=None):
         inputs = [make_inputs(shape, seed) for seed in (0, 1)]
-        dense, by = best_dense(inputs, max(3, arguments.repeats // 2))
+        few = max(3, arguments.repeats // 2)
+        dense = dense_times(inputs, few, arguments.flex)
+        by, best = min(dense.items(), key=lambda item: item[1])
+        mask = padding_mask(shape)
+        masked = None if mask is None else masked_dense_time(inputs, mask, few)
+        read = 3 * shape.heads * shape.length * shape.head_dim * 2 / PEAK_BYTES * 1e3
         for order, density in itertools.product(arguments.orders.split(","), densities):
-            record = measure(shape, inputs, density, order, arguments.routing, arguments.repeats)
-            speed = dense / record["total ms"] if record.pop("passed") else "check failed"
-            records.append({**record, "dense ms": dense, "dense by": by, "speed-up": speed})
-            print(f"{shape.name}, {order}, {density}: {speed}", flush=True)
+            record = measure(
+                shape, inputs, density, order, arguments.routing, arguments.repeats, arguments.flex
+            )
+            passed, total = record.pop("passed"), record["total ms"]
+            records.append({
+                **record, "dense ms": best, "dense by": by, "limit": best / (density * best + read),
+                "speed-up": best / total if passed else "check failed",
+                "all dense ms": dense, "masked dense ms": masked,
+            })  # fmt: skip
+            if arguments.json:  # after every row: a long run that is cut short has not been in vain
+                _write(arguments.json, vars(arguments), records)
         del inputs
         torch.cuda.empty_cache()
     print(
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, routing {arguments.routing}, bf16, B=1"
     )
-    print(tabulate(records, headers="keys", floatfmt=".4g"))
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(
-            json.dumps({"run": _versions(vars(arguments)), "records": records}, indent=1)
-        )
+    print(table(records))
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """The records, one row each, without what is the same in many."""
+    hidden = {"all dense ms", "order", "executed"}
+    rows = [{key: value for key, value in record.items() if key not in hidden} for record in records]
+    return tabulate(rows, headers="keys", floatfmt=".4g")
+
+
+def _write(path: Path, arguments: dict[str, Any], records: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"run": _versions(arguments), "records": records}, indent=1) + "\n")
 
 
 def _versions(arguments: dict[str, Any]) -> dict[str, Any]:
