@@ -27,7 +27,10 @@ COLUMNS = (
 
 def markdown(records: list[dict[str, Any]]) -> str:
     """One row a record."""
-    rows = [[f"{r['shape']}, {r['tokens']:,} x {r['heads x d']}", r["density"], *(r[c] for c in COLUMNS)] for r in records]  # fmt: skip
+    rows = []
+    for record in records:
+        size = f"{record['shape']}, {record['tokens']:,} x {record['heads x d']}"
+        rows.append([size, record["density"], *(record[name] for name in COLUMNS)])
     return tabulate(rows, ("shape", "density", *COLUMNS), tablefmt="github", floatfmt=".3g")
 
 
