@@ -11,6 +11,7 @@ as many as the path has. A named module needs no sign of video, and min_tokens i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Protocol
@@ -27,11 +28,13 @@ from .projections import query_parameter
 from .signs import NOT_VIDEO, sign_of_video
 from .site import Layout, Reason, Site, Verdict
 from .sizes import example, hint, shape, shown
+from .sources import last_key
 
 # Without a sign of video: longer than usual sequences of image models (Flux at 1,024 pixels: 4,608
 # tokens; the VAE there: 16,384 at head_dim 512, which is not supported anyway).
 UNSIGNED_MIN_TOKENS = 16_384
 HEAD_DIMS = range(16, 257)
+_PROJECTED = re.compile(r"query|key|value|q|k|v|___stack\d+")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -77,7 +80,9 @@ def _site(index: int, call: Call, axes: Axes, settings: Thresholds, example_inpu
         elif layout is None:
             verdict = Verdict(False, Reason.SPLIT_TEXT)
         elif kind == "unknown" and not is_named:
-            verdict = Verdict(False, Reason.UNKNOWN_TOKENS)
+            names = [last_key(root) for axis in (q[2], k[2], v[2]) if (root := axis[0][0].root) is not None]
+            cut = any(name.startswith("___stack") for name in names)
+            verdict = Verdict(False, Reason.AFTER_BREAK if cut else Reason.UNKNOWN_TOKENS)
         else:
             tokens = axis_size(q[2]) - layout.text_hint
             sign = "named in sites=" if is_named else sign_of_video(call, q[2], example_inputs, tokens)
@@ -100,9 +105,12 @@ def _kind(query: Axis, key: Axis, value: Axis) -> str:
 
 
 def _is_bare(axis: Axis) -> bool:
-    """Whether these are the tokens of an input that is [batch, heads, tokens, head_dim] already."""
+    """Whether these are tokens of an input that is a projection already: [batch, heads, tokens, head_dim],
+    or what a graph break left of one, as between the leaves of a group-offloaded model."""
     root = axis[0][0].root
-    return len(axis) == len(axis[0]) == 1 and root is not None and len(shape(root) or ()) == 4
+    if root is None or not len(axis) == len(axis[0]) == 1:
+        return False
+    return len(shape(root) or ()) == 4 or _PROJECTED.fullmatch(last_key(root)) is not None
 
 
 def _obstacle(call: Call, kind: str, bad_mask: Reason | None, mask: str) -> Verdict | None:

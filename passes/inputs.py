@@ -15,7 +15,6 @@ from torch import fx
 
 from .signs import rotary_placeholders
 from .site import GraphInputs, Site
-from .sizes import example
 from .sources import is_activation, last_key
 
 _TEMB = re.compile(r"^(temb|time_embed\w*|timestep_proj|t_emb|time_emb\w*|temb_\w+|timestep_embedding)$")
@@ -28,9 +27,6 @@ def read_inputs(gm: fx.GraphModule, sites: Sequence[Site]) -> GraphInputs:
     names = {node: last_key(node) for node in placeholders if is_activation(node)}
     timestep = [position[node] for node, name in names.items() if name.endswith("timestep")]
     temb = [position[node] for node, name in names.items() if _TEMB.match(name)]
-    if not timestep and not temb and any(example(node).dim() == 5 for node in names):
-        # Passed by position, arguments have no names. A whole model's has the video, and one number a sample.
-        timestep = [position[node] for node in names if example(node).dim() <= 1]
     rewritten = [site for site in sites if site.verdict.rewrite]
     tokens = {site.q_hint - site.layout.text_hint for site in rewritten}
     return GraphInputs(

@@ -18,7 +18,7 @@ from .layout import is_packed_video, video_parts
 from .match import Call
 from .rotary import grid_from_rotary, is_sequence
 from .sizes import shape
-from .sources import POSITIONS, TEXT, VIDEO_FILE, is_activation, last_key, source_name
+from .sources import POSITIONS, TEXT, VIDEO_FILE, is_activation, last_key
 
 # A refiner of text tokens; SanaWMLTX2RefinerTransformerBlock refines video.
 NOT_VIDEO = re.compile(
@@ -55,7 +55,7 @@ def rotary_placeholders(graph: fx.Graph, token_counts: set[int]) -> list[int]:
     found = []
     for i, node in enumerate(graph.find_nodes(op="placeholder")):
         sizes = shape(node) or ()
-        name = source_name(node)
+        name = last_key(node)
         is_table = is_activation(node) and POSITIONS.search(name) and not TEXT.search(name)
         if is_table and token_counts & {*sizes[:-1]}:
             found.append(i)

@@ -43,6 +43,10 @@ class Reason(Enum):
         "the graph does not show where its tokens come from",
         "name the module in sites= if it is self attention over video",
     )
+    AFTER_BREAK = (
+        "a graph break lies between its projections and it",
+        'TORCH_LOGS=graph_breaks shows it; group offloading by offload_type="block_level" breaks no block',
+    )
     FACTORISED = ("attention within single frames, or along one dimension of the video", "")
     TEXT = ("its tokens are text or conditioning, not video", "")
     SPLIT_TEXT = ("text or conditioning tokens lie on both sides of the video tokens, or among them", "")

@@ -2,11 +2,18 @@
 
 Dynamo makes every parameter and buffer an input of the graph. Where each input comes from is written on the
 placeholder (`_dynamo_source`): `L['kwargs']['timestep']`, `L['self']._modules['blocks']...`.
+
+Hooks (diffusers' offloading and caches, accelerate's) wrap forward(*args, **kwargs): arguments by position
+are then `L['args'][2]`, and after a graph break in the hook `L['___stack0'][0][2]`. Their names are those of
+the wrapped forward, which the stack trace of their first use leads to.
 """
 
 from __future__ import annotations
 
+import ast
+import linecache
 import re
+from functools import lru_cache
 
 from torch import fx, nn
 
@@ -26,6 +33,9 @@ _VIDEO_FILES = """
 VIDEO_FILE = re.compile(
     rf"(transformer_({'|'.join(_VIDEO_FILES.split())})|(cogvideox|consisid|latte)_transformer_3d)(?=\.)"
 )
+
+
+_BY_POSITION = re.compile(r"^L\['(?:args'\]|___stack\d+'\]\[0\])\[(\d+)\]")
 
 
 def source_name(placeholder: fx.Node) -> str:
@@ -59,5 +69,42 @@ def is_activation(node: fx.Node | None) -> bool:
 
 def last_key(placeholder: fx.Node) -> str:
     """The argument's name: `L['kwargs']['timestep']` -> timestep, `L['rotary_emb'][0]` -> rotary_emb."""
-    names = re.findall(r"\['(\w+)'\]|\.(\w+)", source_name(placeholder))
-    return (names[-1][0] or names[-1][1]) if names else placeholder.name
+    source = source_name(placeholder)
+    by_position = _BY_POSITION.match(source)
+    if by_position and (name := _wrapped_parameter(placeholder, int(by_position[1]))):
+        return name
+    keys = re.findall(r"\['(\w+)'\]|\.(\w+)", source)
+    return (keys[-1][0] or keys[-1][1]) if keys else placeholder.name
+
+
+def _wrapped_parameter(placeholder: fx.Node, position: int) -> str:
+    """What a wrapper's args[position] is called by the first function inside that gives it a name; '' if
+    the graph is not that of a wrapper, or its source code is not there."""
+    traces = (user.meta.get("stack_trace") for user in placeholder.users)
+    frames = re.findall(r'File "(.+?)", line (\d+)', next(filter(None, traces), ""))
+    for depth, (file, line) in enumerate(frames):
+        names, has_varargs = _parameters(file, int(line))
+        if depth > 0 and position < len(names):
+            return names[position]
+        if not has_varargs:
+            break
+    return ""
+
+
+@lru_cache(maxsize=256)
+def _parameters(file: str, line: int) -> tuple[list[str], bool]:
+    """(positional parameters but self and a hook's module, whether there is *args) of the function there."""
+    try:
+        tree = ast.parse("".join(linecache.getlines(file)))
+    except SyntaxError:
+        return [], False
+    functions = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and node.lineno <= line <= (node.end_lineno or 0)
+    ]
+    if not functions:
+        return [], False
+    around = max(functions, key=lambda node: node.lineno).args
+    names = [argument.arg for argument in around.posonlyargs + around.args]
+    return [name for name in names if name not in ("self", "module")], around.vararg is not None

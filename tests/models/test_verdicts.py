@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from models import golden
-from models.capture import Backend, Knobs, capture, described
+from models.capture import Backend, Knobs, capture, described, fresh_dynamo
 from models.matrix import PAGE, page
 from models.tiny import BUILDERS, TEXT, build
 
@@ -46,6 +46,22 @@ def test_dynamic_blocks(name: str) -> None:
     model, arguments = build(name)
     backend = capture(model, arguments(F, H, W), regional=True, dynamic=True)
     assert without_masks(golden.lines(backend)) == without_masks(GOLDEN[name, "regional"])
+
+
+@pytest.mark.parametrize("name", ["wan", "hunyuan_video", "ltx", "kandinsky5"])
+def test_offloaded_blocks(name: str) -> None:
+    from diffusers.hooks import apply_group_offloading
+
+    model, arguments = build(name)
+    cpu = torch.device("cpu")
+    apply_group_offloading(
+        model, onload_device=cpu, offload_device=cpu, offload_type="block_level", num_blocks_per_group=1
+    )
+    backend = Backend()
+    with fresh_dynamo():
+        model.compile_repeated_blocks(backend=backend)
+        model(**arguments(F, H, W))
+    assert golden.lines(backend)[1:] == GOLDEN[name, "regional"][1:]
 
 
 def test_one_frame_is_a_video_too() -> None:

@@ -52,7 +52,7 @@ def test_one_block(dynamic: bool | None) -> None:
     }
 
 
-def test_arguments_by_position_have_no_names() -> None:
+def test_arguments_by_position_are_named_by_the_wrapped_forward() -> None:
     model, arguments = build("wan")
     given = arguments(3, 4, 6)
     by_position = [given.pop(name) for name in ("hidden_states", "timestep", "encoder_hidden_states")]
@@ -60,6 +60,27 @@ def test_arguments_by_position_have_no_names() -> None:
     with fresh_dynamo(), torch.no_grad():
         compiled(model, backend)(*by_position, **given)
     assert names(backend.captured[0])["timestep"] == "l_args_1_"
+
+
+def test_arguments_of_a_hooked_block() -> None:
+    """Offloading wraps forward(*args) and breaks the graph before it."""
+    from diffusers.hooks import apply_group_offloading
+
+    model, arguments = build("hunyuan_video")
+    cpu = torch.device("cpu")
+    apply_group_offloading(
+        model, onload_device=cpu, offload_device=cpu, offload_type="block_level", num_blocks_per_group=1
+    )
+    backend = Backend(Knobs())
+    with fresh_dynamo():
+        model.compile_repeated_blocks(backend=backend)
+        model(**arguments(3, 4, 6))
+    found = [names(graph) for graph in backend.captured if any(s.verdict.rewrite for s in graph.sites)]
+    assert len(found) == 2
+    for graph in found:
+        assert graph["temb"] == "l_stack0_0_2_"
+        assert graph["rotary"] == ["l_stack0_0_4_0_", "l_stack0_0_4_1_"]
+        assert graph["timestep"] is None
 
 
 def test_the_parameter_tells_blocks_apart() -> None:

@@ -59,6 +59,7 @@ def test_module_path_and_class() -> None:
         ("L['self']", ""),
         ("L['model'].layers[0].attn", "layers.0.attn"),
         ("L['fn'].self.net", "self.net"),
+        ("L['function_reference'].forward.__self__.attn1", "attn1"),
     ],
 )
 def test_readable_path(path: str, readable: str) -> None:

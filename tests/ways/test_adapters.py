@@ -73,20 +73,38 @@ def test_fused_projections(how: str) -> None:
     assert calls() == (1, {"dense layers": 1})
 
 
-@ways
-def test_group_offloading_of_blocks(how: str) -> None:
+def offloaded(model: Any, offload_type: str = "block_level") -> Any:
     from diffusers.hooks import apply_group_offloading
 
-    model = wan()
-    expected = model(**arguments())[0]
     cpu = torch.device("cpu")
-    apply_group_offloading(
-        model, onload_device=cpu, offload_device=cpu, offload_type="block_level", num_blocks_per_group=1
-    )
-    run = compiled(model, FIRST_DENSE) if how == "whole" else blockwise(model, FIRST_DENSE, fullgraph=False)
-    for timestep in (500, 500):
-        assert error(run(**arguments(timestep))[0], expected) < ROUNDING
-    assert calls() == (2, {"dense layers": 2})
+    groups = {"num_blocks_per_group": 1} if offload_type == "block_level" else {}
+    apply_group_offloading(model, onload_device=cpu, offload_device=cpu, offload_type=offload_type, **groups)
+    return model
+
+
+@ways
+def test_group_offloading_of_blocks(how: str) -> None:
+    """Hooks break each block's graph and take the names of its arguments; what was in them is still found."""
+    expected = [wan()(**arguments(t))[0] for t in (900, 700, 500)]
+    options = {**FIRST_DENSE, "dense_steps": 1, "num_steps": 3}
+    fullgraph = {} if how == "whole" else {"fullgraph": False}
+    run = WAYS[how](offloaded(wan()), options, **fullgraph)
+    for timestep, dense in zip((900, 700, 500), expected, strict=True):
+        assert error(run(**arguments(timestep))[0], dense) < ROUNDING
+    assert calls() == (2, {"warm-up steps": LAYERS, "dense layers": 2})
+    text = str(svg_ear_compile.report())
+    assert "the clock reads the timestep embedding" in text
+    assert "3 x 16 x 16" in text, text
+
+
+def test_group_offloading_of_leaves_is_dense_and_says_why() -> None:
+    """Each projection is a graph of its own: what attention is over is not in its graph."""
+    expected = wan()(**arguments())[0]
+    run = blockwise(offloaded(wan(), "leaf_level"), FIRST_DENSE, fullgraph=False)
+    assert error(run(**arguments())[0], expected) < ROUNDING
+    reasons = [site.decision.reason for site in svg_ear_compile.report().sites]
+    assert reasons == ["AFTER_BREAK", "CROSS"]
+    assert 'offload_type="block_level"' in str(svg_ear_compile.report())
 
 
 def test_weights_moved_between_calls() -> None:
