@@ -17,7 +17,7 @@ from typing import Any
 from torch import fx
 
 from .axis_moves import argument, op_name
-from .sizes import example, is_tensor
+from .sizes import constant, example, is_tensor
 
 _MATMUL = {"matmul", "bmm", "__matmul__"}
 _CASTS = {"to", "float", "half", "bfloat16", "type_as", "type", "contiguous"}
@@ -82,8 +82,8 @@ def _scores(node: fx.Node | None, value: fx.Node, dropout: Any) -> Written | Non
                 return None
             return Written(query, key, value, bias, dropout, scale)
         if name in ("mul", "truediv", "div", "mul_", "div_"):
-            number = node.args[1] if len(node.args) > 1 else None
-            if not isinstance(number, (int, float)):
+            number = constant(node.args[1]) if len(node.args) > 1 else None
+            if number is None:
                 return None
             scale = scale * number if name.startswith("mul") else scale / number
         elif name == "add" and bias is None and scale == 1.0 and not node.kwargs and is_tensor(node.args[1]):

@@ -20,6 +20,7 @@ from torch import fx
 from .by_hand import Written, by_hand, is_attention_like
 from .cut_off import cut_off
 from .flex import plain_flex
+from .sizes import constant, example, is_inverse_root
 
 SDPA = torch.nn.functional.scaled_dot_product_attention
 _PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
@@ -93,8 +94,8 @@ def module_stack(node: fx.Node) -> list[tuple[str, str]]:
 
 
 def readable_path(path: str) -> str:
-    """`L['self'].__dict__['_modules']['blocks'].0.attn1` -> `blocks.0.attn1`."""
-    path = re.sub(r"^(L|G)\['\w+'\]", "", path)
+    """`L['self'].__dict__['_modules']['blocks'].0.attn1` -> `blocks.0.attn1`; without a hook's reference."""
+    path = re.sub(r"^(L|G)\['\w+'\](.*\.__self__)?", "", path)
     path = re.sub(r"(\.__dict__)?(\['_modules'\]|\._modules)", "", path)
     return re.sub(r"\['?([^'\]]+)'?\]", r".\1", path).strip(".")
 
@@ -113,6 +114,7 @@ def _written_call(node: fx.Node, written: Written) -> Call:
 
 def _call(node: fx.Node, arguments: dict[str, Any], forced: str) -> Call:
     stack = module_stack(node)
+    arguments["scale"] = _scale(arguments["scale"], arguments["query"])
     return Call(
         node=node,
         **arguments,
@@ -121,6 +123,14 @@ def _call(node: fx.Node, arguments: dict[str, Any], forced: str) -> Call:
         source_files=node.meta.get("stack_trace") or "",
         forced_backend=forced,
     )
+
+
+def _scale(scale: Any, query: fx.Node) -> Any:
+    """A float; None for 1 / sqrt(head_dim), computed or not; what only a run shows stays a node."""
+    known = constant(scale)
+    if known is not None or scale is None:
+        return known
+    return None if is_inverse_root(example(scale), example(query).shape[-1]) else scale
 
 
 def _forced(node: fx.Node) -> str:

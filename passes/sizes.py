@@ -39,6 +39,25 @@ def hint(size: Any) -> int | None:
     return int(size.node.shape_env.size_hint(size.node.expr))
 
 
+def constant(value: Any) -> float | None:
+    """A number of the graph that no run changes: a literal, or a symbol that was specialised; else None.
+
+    Under dynamic=True a module's `self.scale` comes as a symbol; whoever needs the float has it specialised.
+    """
+    value = example(value) if isinstance(value, fx.Node) else value
+    if isinstance(value, (torch.SymInt, torch.SymFloat)):
+        return float(value.node.expr) if value.node.expr.is_number else None
+    return value if isinstance(value, (int, float)) else None
+
+
+def is_inverse_root(value: Any, size: Any) -> bool:
+    """Whether a symbolic number is 1 / sqrt(size) whatever the size, in one of the ways to write that."""
+    if not isinstance(value, torch.SymFloat) or not isinstance(size, torch.SymInt):
+        return False
+    forms = (1 / torch.sym_sqrt(size), size**-0.5, 1 / size**0.5, torch.sym_sqrt(size) ** -1)
+    return any(value.node.expr == form.node.expr for form in forms)
+
+
 def shape(node: Any) -> tuple[int, ...] | None:
     """The shape of a tensor node in hints; None for other nodes and for sizes that only the run shows."""
     value = example(node)

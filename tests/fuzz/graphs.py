@@ -66,9 +66,8 @@ class Form:
         return self.heads * self.head_dim
 
     def expects_rewrite(self, site: Site) -> bool:
-        """A clip of one frame, or of one row, looks like an image; dynamic=True makes scales symbols."""
-        is_video = self.clip is None or min(self.clip) > 1
-        return site.can_be_rewritten and is_video and (site.scale is None or not self.dynamic)
+        """A clip of one frame, or of one row, looks like an image."""
+        return site.can_be_rewritten and (self.clip is None or min(self.clip) > 1)
 
 
 class Attention(nn.Module):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from models.capture import Knobs
 from models.graphs import captured, heads, tokens, video
-from torch import Tensor
+from torch import Tensor, nn
 
 from svg_ear_compile.passes.classify import named
+from svg_ear_compile.passes.rewrite import rewrite
 from svg_ear_compile.passes.site import Reason, Site
 
 
@@ -159,6 +162,43 @@ def test_no_guards_are_installed() -> None:
 )
 def test_patterns_of_sites(path: str, pattern: str, matches: bool) -> None:
     assert named(path, (pattern,)) is matches
+
+
+class Scaled(nn.Module):
+    """Self attention with a scale of its own. head_dim is half the channels, so it may be a symbol too."""
+
+    def __init__(self, scale: Callable[[Tensor], float] | float) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, clip: Tensor) -> Tensor:
+        x = heads(tokens(clip))
+        scale = self.scale(x) if callable(self.scale) else self.scale
+        return F.scaled_dot_product_attention(x, x, x, scale=scale)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize(
+    "scale",
+    [
+        0.5,
+        lambda x: x.shape[-1] ** -0.5,
+        lambda x: 1 / math.sqrt(x.size(-1)),
+        lambda x: 1 / x.shape[-1] ** 0.5,
+    ],
+    ids=["attribute", "power", "sqrt", "inverse"],
+)
+def test_scales_that_no_run_changes(scale: Any, dynamic: bool | None) -> None:
+    graph = captured(Scaled(scale), video(), dynamic=dynamic)
+    assert graph.sites[0].verdict.rewrite, str(graph.sites[0].verdict)
+    (op,) = (n for n in rewrite(graph.gm, graph.sites, Knobs()).nodes if "sparse_exact" in str(n.target))
+    assert op.args[-10] == (0.5 if scale == 0.5 else None if dynamic else 0.25)
+
+
+def test_a_scale_that_changes_with_the_length() -> None:
+    model = Scaled(lambda x: 1 / math.sqrt(x.shape[-2]))
+    assert site_of(model, video()).verdict.rewrite, "one length, one scale"
+    assert site_of(model, video(), dynamic=True).verdict.reason is Reason.SCALE
 
 
 def test_every_reason_is_a_sentence() -> None:
