@@ -359,4 +359,8 @@ def build(name: str) -> tuple[nn.Module, Callable[..., Arguments]]:
     torch.manual_seed(0)
     builder = {b.__name__: b for b in BUILDERS}[name]
     model, arguments = builder()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1 and not weight.any():
+                weight.normal_(std=0.1)  # a gate that begins at zero would hide all that attention does
     return model.eval(), arguments

@@ -1,0 +1,83 @@
+"""Every model at density 0.3 gives what the fp64 joint softmax of the plans it used gives; dropping does not.
+
+SVG_EAR_TEST_ALL=1 pytest tests/models/test_plans.py     all of them through Inductor too (nightly)
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from models.golden import LARGER
+from models.plans import Kept, Truth, compensates, dropped, skips
+from models.test_rewritten import SECTIONS
+from models.tiny import build
+from torch import Tensor
+from toy import SPARSE
+
+import svg_ear_compile
+from svg_ear_compile.kernels import reference
+
+pytestmark = [pytest.mark.usefixtures("fresh"), pytest.mark.filterwarnings("error:svg_ear")]
+
+SIZE = (2, 16, 16)
+"""512 tokens: four blocks of queries, eight of keys."""
+ALL = sorted(SECTIONS)
+MODELS = [
+    (name, way) for name, way in ALL if way == "whole" or name in ("wan", "hunyuan_video", "motif_video")
+]
+INDUCTOR = [("cogvideox", "whole"), ("hunyuan_video", "regional"), ("ltx", "regional"), ("wan", "whole")]
+if os.environ.get("SVG_EAR_TEST_ALL"):
+    MODELS = INDUCTOR = ALL
+ROUNDING = {"float32": 1e-6, "bfloat16": 1e-3}
+
+
+def run(name: str, way: str, **options: Any) -> Tensor:
+    model, arguments = build(name)
+    options = {**SPARSE, "min_tokens": 1, **options}
+    if way == "whole":
+        compiled: Any = torch.compile(model, backend="svg_ear", options=options)
+    else:
+        compiled = model
+        model.compile_repeated_blocks(backend="svg_ear", fullgraph=True, options=options)
+    return compiled(**call(name, arguments))[0]
+
+
+def call(name: str, arguments: Any) -> dict[str, Any]:
+    torch.manual_seed(1)
+    return arguments(*LARGER.get(name, SIZE)) | {"return_dict": False}
+
+
+def error(got: Tensor, expected: Tensor) -> float:
+    return ((got.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def check(name: str, way: str, kept: Kept, **options: Any) -> None:
+    got = run(name, way, density=0.3, **options)
+    assert all(map(compensates, kept)), "a centroid for every block that is skipped"
+    assert any(map(skips, kept)), "a sparse run"
+    dtypes = {site.decision.dtype for site in svg_ear_compile.report().sites if site.decision.rewritten}
+    allowed = max(ROUNDING[dtype] for dtype in dtypes)
+    torch._dynamo.reset()
+
+    model, arguments = build(name)
+    truth, arguments = Truth(model, way == "regional"), call(name, arguments)
+    assert error(got, truth(arguments, kept, reference.joint_softmax)) < allowed
+    assert error(got, truth(arguments, kept, dropped)) > 10 * allowed, "dropping would be seen"
+
+
+@pytest.mark.parametrize(("name", "way"), MODELS)
+def test_equals_the_joint_softmax_of_its_plans(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(name, way, Kept(monkeypatch), inner="eager")
+
+
+def test_a_run_that_drops_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(AssertionError, match="a centroid for every block"):
+        check("wan", "whole", Kept(monkeypatch), inner="eager", compensate=False)
+
+
+@pytest.mark.parametrize(("name", "way"), INDUCTOR)
+def test_through_inductor(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(name, way, Kept(monkeypatch))
