@@ -4,7 +4,8 @@
 
 Plans are made up: 128 x 64 tiles in token order, rows' budgets lognormal(0.7), kept blocks at random, more of
 them near the diagonal; --clusters adds ragged blocks of the paper's counts. Every configuration is compared
-with the first one's output.
+with the first one's output. The last line of the equal tiles is what `attend` chooses by itself: on Hopper
+the kernel in triton_hopper.py, which has no configurations and no exact part alone.
 """
 
 from __future__ import annotations
@@ -143,17 +144,17 @@ def main() -> None:
         pairs = plan.query_offsets.diff(dim=-1)[..., None].double() * _kept_keys(plan)[..., None].double()
         exact = pairs.sum().item() / (H * L * L)
         first = None
-        for c in CLUSTERS if clusters else EQUAL:
+        for c in CLUSTERS if clusters else [*EQUAL, None]:
             out = torch.empty(1, L, H, D, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
             options = {"variable": clusters, "config": c}
-            row = ["clusters" if clusters else "equal", *c]
+            row = ["clusters" if clusters else "equal", *(c or ["chosen", *" " * (len(Config._fields) - 1)])]
             try:
                 attend = lambda: triton_attention.attend(query, plan, D**-0.5, out, **options)  # noqa: B023, E731
                 only = lambda: triton_attention.sparse_exact(query, plan, D**-0.5, out, **options)  # noqa: B023, E731
-                times = [milliseconds(only, arguments.repeats), milliseconds(attend, arguments.repeats)]
+                times = [c and milliseconds(only, arguments.repeats), milliseconds(attend, arguments.repeats)]
                 first = out if first is None else first
                 error = ((out.float() - first.float()).norm() / first.float().norm()).item()
-                rate = 4 * H * L * L * D * exact / times[0] / 1e9
+                rate = c and 4 * H * L * L * D * exact / times[0] / 1e9
                 rows.append([*row, *times, rate, dense / times[1], error])
             except Exception as error:  # noqa: BLE001 - one configuration may not fit this GPU
                 rows.append([*row, f"{type(error).__name__}: {str(error)[:60]}"])

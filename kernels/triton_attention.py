@@ -25,6 +25,8 @@ tokens, and clusters of any sizes, cut into tiles here (also right for equal til
 
 from __future__ import annotations
 
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -33,7 +35,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .plan import KEY_BLOCK, QUERY_BLOCK, Plan
-from .triton_configs import Config, config_for
+from .triton_configs import Config, config_for, hopper_for
 from .triton_tiles import LN_2, LOG2_E, capability, descriptor, load_rows
 
 
@@ -250,9 +252,24 @@ def attend(
     variable: bool = True,
     config: Config | None = None,
 ) -> Tensor:
-    """Both in one."""
+    """Both in one. Without a config the GPU's best kernel, which may be the one in triton_hopper.py."""
+    chosen = config is None and scale > 0 and hopper_for(capability(query.device), query, variable)
+    if chosen and (hopper := _hopper()) is not None:
+        return hopper.attend(query, plan, scale, out, schedule(plan, QUERY_BLOCK, variable)[0])
     _launch(query, plan, scale, out, None, None, variable, config)
     return out
+
+
+@cache
+def _hopper() -> ModuleType | None:
+    """triton_hopper.py, if this is a Triton for which it was written: Gluon is experimental."""
+    if not (3, 6) <= tuple(int(x) for x in triton.__version__.split(".")[:2]) <= (3, 9):
+        return None
+    try:
+        from . import triton_hopper
+    except ImportError:
+        return None
+    return triton_hopper
 
 
 def schedule(plan: Plan, block_m: int, variable: bool) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 
 class Config(NamedTuple):
@@ -43,6 +44,12 @@ def config_for(capability: tuple[int, int], head_dim: int, dtype: torch.dtype, v
     if head_dim > 64:
         return Config(128, 64, 32, 8, 2, 2) if head_dim == 128 else Config(64, 64, 32, 4, 2, 2)
     return Config(128, 64, 64, 8, 2, 2)
+
+
+def hopper_for(capability: tuple[int, int], query: Tensor, variable: bool) -> bool:
+    """Does triton_hopper.py compute `attend` for query [...,D]?"""
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    return capability == (9, 0) and half and query.shape[-1] in (64, 128) and not variable
 
 
 def probe_config_for(capability: tuple[int, int], head_dim: int, dtype: torch.dtype) -> Config:

@@ -1,4 +1,7 @@
-"""The Triton attention kernel on a GPU: against the fp64 reference, and through the ops against dense."""
+"""The attention kernels on a GPU: against the fp64 reference, and through the ops against dense.
+
+Tests that take `kernels` run with the Triton kernel and, where it would be chosen, with the one for Hopper.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +25,23 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 SLACK = {torch.float16: 1e-3, torch.bfloat16: 4e-3, torch.float32: 2e-5}
 
 
-@pytest.fixture
-def kernels():
-    return pytest.importorskip("svg_ear_compile.kernels.triton_attention")
+@pytest.fixture(params=["triton", "hopper"])
+def kernels(request, monkeypatch):
+    module = pytest.importorskip("svg_ear_compile.kernels.triton_attention")
+    hopper = module._hopper()
+    if request.param == "triton":
+        monkeypatch.setattr(module, "_hopper", lambda: None)
+        yield module
+        return
+    case = {"head_dim": 128, "dtype": torch.bfloat16, "equal": True} | request.node.callspec.params
+    query = torch.empty(1, case["head_dim"], dtype=case["dtype"])
+    if hopper is None or not module.hopper_for(torch.cuda.get_device_capability(), query, not case["equal"]):
+        pytest.skip("not a case of the kernel for Hopper")
+    used = []
+    attend = hopper.attend
+    monkeypatch.setattr(hopper, "attend", lambda *arguments: used.append(1) or attend(*arguments))
+    yield module
+    assert used
 
 
 def inputs(
@@ -83,6 +100,7 @@ def test_other_head_dims(kernels, head_dim):
         check(kernels.attend(query, plan, 0.1, output_like(query), variable=not equal), query, plan, 0.1)
 
 
+@pytest.mark.parametrize("kernels", ["triton"], indirect=True)
 def test_every_configuration_tried_by_the_benchmark(kernels):
     sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
     from attention_configs import CLUSTERS, EQUAL

@@ -17,7 +17,7 @@ import torch
 triton = pytest.importorskip("triton")
 
 from svg_ear_compile.kernels import triton_attention, triton_permute, triton_probe  # noqa: E402
-from svg_ear_compile.kernels.triton_configs import config_for, probe_config_for  # noqa: E402
+from svg_ear_compile.kernels.triton_configs import config_for, hopper_for, probe_config_for  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 pytestmark = [
@@ -32,16 +32,18 @@ NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 OF_THE_INPUT = ("query", "exact", "out", "query_centroids", "x")
 KEYS = {"key": "BLOCK_N", "value": "BLOCK_N", "key_centroids": "BLOCK_C", "value_centroids": "BLOCK_C"}
 FLOATS = ("bias", "lse", "center", "error", "tops", "means")
+LAUNCH = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
 NUMBERS = ("H", "L", "C", "Cq", "Ck", "tiles")
 
 
-def compiled(kernel, capability, dtype, options):
-    """The kernel as its launch would compile it, for tensors aligned to 16 bytes."""
+def compiled(kernel, capability, dtype, options, source=None, box=None):
+    """The kernel as its launch would compile it, for tensors aligned to 16 bytes. Gluon has a source class of
+    its own, and box is the layout of what TMA loads."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     options = dict(options)
-    launch = {name: options.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion")}
+    launch = {name: options.pop(name) for name in LAUNCH if name in options}
     element, signature, constants, attributes = NAMES[dtype], {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in options:
@@ -49,6 +51,8 @@ def compiled(kernel, capability, dtype, options):
         elif name in KEYS and KEYS[name] in options:
             tile = f"tensordesc<{element}[1, {options[KEYS[name]]}, {options['BLOCK_D']}]>"
             signature[name] = tile if options["TMA"] else f"*{element}"
+        elif name in KEYS and box is not None:
+            signature[name] = f"tensordesc<{element}[1, 64, 64],{box!r}>"
         elif name in OF_THE_INPUT:
             signature[name] = f"*{element}"
         elif name == "scale":
@@ -59,9 +63,9 @@ def compiled(kernel, capability, dtype, options):
             signature[name] = "i32" if "stride" in name or name in NUMBERS else "*i32"
         if "stride" in name or signature[name][0] == "*":
             attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, attributes)
+    program = (source or ASTSource)(kernel, signature, constants, attributes)
     target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
-    return triton.compile(source, target=target, options=launch)
+    return triton.compile(program, target=target, options=launch)
 
 
 def compiled_attention(capability, head_dim, dtype, variable, streams):
@@ -129,6 +133,35 @@ def test_gather(tmp_path, capability):
         options = triton_permute.meta(128, store)
         kernel = compiled(triton_permute.gather_kernel, capability, torch.bfloat16, options)
         check(kernel, tmp_path, capability, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_hopper(tmp_path, head_dim, dtype):
+    triton_hopper = triton_attention._hopper()
+    if triton_hopper is None:
+        pytest.skip("not a Triton for which the kernel in Gluon was written")
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    options = triton_hopper.meta(head_dim)
+    box = triton_hopper.BOX
+    kernel = compiled(triton_hopper.attention_kernel, (9, 0), dtype, options, GluonASTSource, box)
+    check(kernel, tmp_path, (9, 0), dtype, stack=8)  # one register per thread, outside of the loops
+    assert "wgmma.mma_async" in kernel.asm["ptx"]
+    assert "cp.async.bulk.tensor" in kernel.asm["ptx"]
+    registers = [int(n) for n in re.findall(r"setmaxnreg.inc.sync.aligned.u32\s+(\d+)", kernel.asm["ptx"])]
+    assert max(registers) >= 240
+
+
+def test_which_calls_go_to_the_kernel_for_hopper():
+    query = torch.empty(1, 128, dtype=torch.bfloat16)
+    assert hopper_for((9, 0), query, variable=False)
+    assert hopper_for((9, 0), query[:, :64].half(), variable=False)
+    assert not hopper_for((9, 0), query, variable=True)
+    assert not hopper_for((9, 0), query.float(), variable=False)
+    assert not hopper_for((9, 0), query[:, :96], variable=False)
+    for other in ((0, 0), (8, 0), (10, 0), (12, 0)):
+        assert not hopper_for(other, query, variable=False)
 
 
 def test_hopper_uses_its_own_instructions():
