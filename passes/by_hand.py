@@ -1,7 +1,8 @@
 """Is this matrix product the end of an attention that a model writes out? softmax(q k^T * scale + bias) v.
 
     scores = matmul(q, k^T) | einsum(q, k) | baddbmm(bias, q, k^T, alpha=scale)
-    scores = scores * scale, / number, + bias, cast: in any order, as often as wanted
+    scores = scores * scale, / number, cast: in any order, as often as wanted
+             scores + bias | masked_fill(hidden, -large) | where(seen, scores, -large): once
     out    = matmul(dropout(softmax(scores, -1)), v) | einsum(softmax, v)
 
 k^T must be a transpose of a key that is a node of its own. Each node in between must serve this attention
@@ -14,18 +15,26 @@ import operator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 from .axis_moves import argument, op_name
 from .sizes import constant, example, is_tensor
 
+HIDES = -1e4
+"""Scores of at most this hide a key: exp(-10000) is 0 in every dtype."""
+
 _MATMUL = {"matmul", "bmm", "__matmul__"}
+_NOT = {"invert", "bitwise_not", "logical_not", "__invert__"}
 _CASTS = {"to", "float", "half", "bfloat16", "type_as", "type", "contiguous"}
 
 
 @dataclass(frozen=True)
 class Written:
-    """The arguments of the scaled_dot_product_attention call that would do the same."""
+    """The arguments of the scaled_dot_product_attention call that would do the same.
+
+    mask_hides: attn_mask is bool, and True where a key may not be seen.
+    """
 
     query: fx.Node
     key: fx.Node
@@ -33,6 +42,7 @@ class Written:
     attn_mask: fx.Node | None
     dropout_p: Any
     scale: float
+    mask_hides: bool = False
 
 
 def by_hand(last: fx.Node) -> Written | None:
@@ -59,7 +69,10 @@ def is_attention_like(last: fx.Node) -> bool:
     if node is None or op_name(node) != "softmax":
         return False
     for _ in range(6):
-        node = _first(node) if node is not None else None
+        if node is not None and op_name(node) == "where":
+            node = next((n for n in node.args[1:] if is_tensor(n)), None)  # type: ignore[assignment]
+        else:
+            node = _first(node) if node is not None else None
         if node is not None and op_name(node) in _MATMUL | {"einsum", "baddbmm"}:
             return True
     return False
@@ -67,7 +80,7 @@ def is_attention_like(last: fx.Node) -> bool:
 
 def _scores(node: fx.Node | None, value: fx.Node, dropout: Any) -> Written | None:
     """Reads scores backwards, from the softmax to the product of query and key."""
-    scale, bias = 1.0, None
+    scale, bias, hides = 1.0, None, False
     while node is not None and _serves_only_this(node):
         name = op_name(node)
         if name in _MATMUL | {"einsum", "baddbmm"}:
@@ -80,7 +93,8 @@ def _scores(node: fx.Node | None, value: fx.Node, dropout: Any) -> Written | Non
                 scale *= node.kwargs.get("alpha", 1.0)  # type: ignore[operator]
             if query is None or key is None or (bias is not None and not isinstance(bias, fx.Node)):
                 return None
-            return Written(query, key, value, bias, dropout, scale)
+            return Written(query, key, value, bias, dropout, scale, hides)
+        before = _first(node)
         if name in ("mul", "truediv", "div", "mul_", "div_"):
             number = constant(node.args[1]) if len(node.args) > 1 else None
             if number is None:
@@ -88,10 +102,34 @@ def _scores(node: fx.Node | None, value: fx.Node, dropout: Any) -> Written | Non
             scale = scale * number if name.startswith("mul") else scale / number
         elif name == "add" and bias is None and scale == 1.0 and not node.kwargs and is_tensor(node.args[1]):
             bias = node.args[1]  # and not scaled afterwards, like the bias of scaled_dot_product_attention
+        elif name in ("masked_fill", "masked_fill_", "where") and bias is None:
+            before, bias, hides, fill = _masked(node)
+            if before is None or fill is None or not fill * scale <= HIDES:
+                return None
         elif name not in _CASTS:
             return None
-        node = _first(node)
+        node = before
     return None
+
+
+def _masked(node: fx.Node) -> tuple[fx.Node | None, fx.Node | None, bool, float | None]:
+    """(scores before, bool mask, whether it is True where a key is hidden, what is written there)."""
+    if len(node.args) != 3:
+        return None, None, False, None
+    first, second, third = node.args
+    if op_name(node) != "where":
+        scores, mask, hides, fill = first, second, True, third
+    elif is_tensor(second) and example(second).dim() > 0:
+        mask, scores, fill, hides = first, second, third, False
+    else:
+        mask, fill, scores, hides = first, second, third, True
+    if isinstance(fill, fx.Node) and fill.target is torch.tensor:
+        fill = fill.args[0]
+    while is_tensor(mask) and op_name(mask) in _NOT:  # type: ignore[arg-type]
+        mask, hides = mask.args[0], not hides  # type: ignore[union-attr]
+    if not is_tensor(scores) or not is_tensor(mask) or example(mask).dtype != torch.bool:
+        return None, None, False, None
+    return scores, mask, hides, constant(fill)  # type: ignore[return-value]
 
 
 def _product(node: fx.Node, transposed: bool) -> tuple[fx.Node | None, fx.Node | None]:

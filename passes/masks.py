@@ -1,6 +1,6 @@
 """What does an attention mask hide? Only a mask over keys, the same for all queries, fits block lists.
 
-Models write such a mask in three ways; all of them end as the operand [B or 1, 1, 1, S] bool of our ops:
+Models write such a mask in four ways; all of them end as the operand [B or 1, 1, 1, S] bool of our ops:
 
 - as that operand itself (HunyuanVideo, Motif);
 - as an outer product, padding[:, None] & padding[None, :] (HunyuanVideo 1.5): one factor hides keys, and the
@@ -9,7 +9,8 @@ Models write such a mask in three ways; all of them end as the operand [B or 1, 
   there (in HunyuanVideo 1.5 nobody does: they are padded text, hidden as keys in all blocks, and no part of
   the output). Nothing of size S x S is left;
 - as a bias, (1 - keep) * -10000 (Allegro), where `keep` was bool once, so that nothing but 0 and -10000 can
-  be in it: exp(-10000) is 0 in every dtype. Differs only where all keys are hidden.
+  be in it: exp(-10000) is 0 in every dtype. Differs only where all keys are hidden;
+- in attention written by hand, as masked_fill or where over scores (by_hand.py), with the same difference.
 
 A bias of any other origin keeps its site dense: it may be a relative position.
 """
@@ -22,12 +23,11 @@ import torch
 from torch import fx
 
 from .axis_moves import argument, op_name
+from .by_hand import HIDES
 from .match import Call
 from .site import KeyMask, Reason
 from .sizes import example, hint, is_tensor, shape, shown
 
-HIDES = -1e4
-"""A bias of at most this hides a key."""
 _SAME_VALUES = {"to", "bool", "float", "half", "bfloat16", "type", "type_as", "contiguous", "clone"}
 _RESHAPES = _SAME_VALUES | {"view", "reshape", "unsqueeze", "expand"}
 _MORE_DIMENSIONS = {"unsqueeze", "view", "reshape", "expand", "repeat", "flatten", "getitem"}
@@ -50,8 +50,8 @@ def read_mask(call: Call) -> tuple[str, Reason | None, KeyMask | None]:
             return words, Reason.MASK_FLOAT, None
         return f"key padding {words}", None, KeyMask(keep)
     if len(sizes) == 4 and sizes[1:3] == [1, 1] and sizes[0] in (1, batch) and sizes[3] == keys:
-        return f"key padding {words} bool", None, KeyMask(call.attn_mask)
-    outer = _factors(call.attn_mask, batch, keys)
+        return f"key padding {words} bool", None, KeyMask(call.attn_mask, hides=call.mask_hides)
+    outer = None if call.mask_hides else _factors(call.attn_mask, batch, keys)
     if outer is not None:
         return f"outer product of key padding {words} bool", None, outer
     if _is_frame_causal(call.attn_mask):
@@ -152,7 +152,7 @@ def _zero_where(bias: fx.Node) -> fx.Node | None:
 def _is_frame_causal(mask: fx.Node) -> bool:
     """Whether a comparison of positions made the mask: attention is causal over blocks of frames."""
     node = _without(mask, _SAME_VALUES | _MORE_DIMENSIONS)
-    return op_name(node) in ("le", "lt", "ge", "gt", "tril")
+    return op_name(node) in ("le", "lt", "ge", "gt", "tril", "triu")
 
 
 def _without(node: fx.Node, names: set[str], until_bool: bool = False) -> fx.Node:

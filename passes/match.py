@@ -24,7 +24,10 @@ from .sizes import constant, example, is_inverse_root
 
 SDPA = torch.nn.functional.scaled_dot_product_attention
 _PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-_DEFAULTS = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
+_DEFAULTS = {
+    "attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False,
+    "mask_hides": False,
+}  # fmt: skip
 # A choice that allows all of these forces nothing: it is what leaving a `with sdpa_kernel(...)` restores.
 _FREE_CHOICE = {"FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"}
 _OTHER_ATTENTION = re.compile(
@@ -45,6 +48,8 @@ class Call:
     is_causal: Any
     scale: Any
     enable_gqa: Any
+    mask_hides: bool
+    """Whether attn_mask is True where a key is hidden: written by hand only."""
     module_path: str
     """Readable, e.g. 'blocks.0.attn1'; '' in the root module."""
     module_classes: tuple[str, ...]

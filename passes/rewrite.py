@@ -117,6 +117,8 @@ def _replace(
             site=site.index,
         )
         mask = None if site.key_mask is None else _key_row(graph, copies[site.key_mask.node])
+        if mask is not None and site.key_mask is not None and site.key_mask.hides:
+            mask = _method(graph, "logical_not", mask, value=example(mask).logical_not())
         qkv = (operand(call.query), operand(call.key), operand(call.value), mask)
         plan_op = add(svg_ear.clustered_permute.default, (*qkv, *constants))
         plan = [add(operator.getitem, (plan_op, i)) for i in range(len(ops.Plan._fields))]

@@ -105,11 +105,13 @@ class Layout:
 class KeyMask:
     """Which keys are seen. node: a bool tensor of one row of keys per batch element, [B or 1, (1, (1,)) S].
 
-    zero_rows: whether the model also hides all keys from the queries at the same places.
+    zero_rows: whether the model also hides all keys from the queries at the same places. hides: whether True
+    means that a key is not seen.
     """
 
     node: fx.Node
     zero_rows: bool = False
+    hides: bool = False
 
 
 @dataclass

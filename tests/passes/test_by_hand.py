@@ -95,6 +95,78 @@ def test_rewritten(form: Form, dynamic: bool | None) -> None:
         torch.testing.assert_close(graph.gm(clip)[0], expected, atol=1e-5, rtol=1e-4)
 
 
+LENGTHS = torch.tensor([60, 72])
+PADDING = torch.arange(72)[None, None, None] >= LENGTHS[:, None, None, None]  # [2,1,1,72], True where hidden
+
+
+def weights(q: Tensor, k: Tensor) -> Tensor:
+    return (q @ k.transpose(-2, -1)) * 0.3
+
+
+MASKED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "masked_fill": lambda s, m: s.masked_fill(m, -torch.inf),
+    "of the opposite": lambda s, m: s.masked_fill(~m.logical_not(), -torch.inf),
+    "lowest": lambda s, m: s.masked_fill(m, torch.finfo(s.dtype).min),
+    "zeros hide": lambda s, m: s.masked_fill(m.logical_not().long() == 0, -1e9),
+    "scaled afterwards": lambda s, m: (s * 2).masked_fill(m, -1e6) / 2,
+    "where seen": lambda s, m: torch.where(~m, s, -torch.inf),
+    "where hidden": lambda s, m: torch.where(m, -1e9, s),
+    "where tensor": lambda s, m: torch.where(~m, s, torch.tensor(-1e9)),
+    "vector": lambda s, m: s.masked_fill(m[:, 0, 0][:, None, None, :], -torch.inf),
+}
+
+
+def masked(how: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    def f(clip: Tensor, mask: Tensor) -> Tensor:
+        x = heads(tokens(clip))
+        return how(weights(x, x * 0.5), mask).softmax(-1) @ (x + 1)
+
+    return f
+
+
+@pytest.mark.parametrize("how", MASKED)
+def test_masks_over_keys(how: str) -> None:
+    clip = video().repeat(2, 1, 1, 1, 1)
+    graph = captured(masked(MASKED[how]), clip, PADDING)
+    (site,) = graph.sites
+    assert site.verdict.rewrite, str(site.verdict)
+    assert site.mask == "key padding [2,1,1,72] bool"
+    expected = masked(MASKED[how])(clip, PADDING)
+    graph.gm.graph = rewrite(graph.gm, graph.sites, Knobs())
+    merge(graph.gm.graph)
+    values = {"l_clip_": clip, "l_mask_": PADDING}
+    inputs = [values[node.name] for node in graph.gm.graph.find_nodes(op="placeholder")]
+    torch.testing.assert_close(graph.gm(*inputs)[0], expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        (lambda s, m: s.masked_fill(m | m.mT, -torch.inf), "MASK"),
+        (lambda s, m: s.masked_fill(torch.ones(72, 72, dtype=torch.bool).triu(1), -torch.inf), "MASK_CAUSAL"),
+        (lambda s, m: torch.where(m.mT, -1e9, s), "MASK"),
+    ],
+)
+def test_other_masks_stay_dense(how: Callable[[Tensor, Tensor], Tensor], reason: str) -> None:
+    (site,) = captured(masked(how), video().repeat(2, 1, 1, 1, 1), PADDING).sites
+    assert site.verdict.reason.name == reason
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda s, m: s.masked_fill(m, -5.0),
+        lambda s, m: s.masked_fill(m, -1e4) * 0.1,
+        lambda s, m: s.masked_fill(m, -1e9).masked_fill(m.roll(1, -1), -1e9),
+        lambda s, m: torch.where(m, s, s - 1e9),
+        lambda s, m: -s.masked_fill(m, -1e9),
+    ],
+)
+def test_what_does_not_hide_keys_is_named(how: Callable[[Tensor, Tensor], Tensor]) -> None:
+    graph = captured(masked(how), video().repeat(2, 1, 1, 1, 1), PADDING)
+    assert (graph.sites, graph.others) == ([], ("attention written by hand",))
+
+
 @pytest.mark.parametrize(("form", "reason"), [(biased, "MASK_FLOAT"), (three_dimensions, "RANK")])
 def test_recognised_and_dense(form: Form, reason: str) -> None:
     (site,) = captured(self_attention(form), video()).sites
