@@ -43,7 +43,8 @@ class Call:
     grid: (frames, height, width) in tokens, when only the arguments of this call show it.
     carried: per site, the centroids that k-means left last time for this layer, branch and model.
     mask_ids: sites with one number here share one mask tensor in this call, so it is read once.
-    noop_masks: per such number, whether the mask hides nothing (then it is dropped).
+    seen_keys: per such number, how many keys its mask shows, if it shows the first of each batch element and
+    equally many; else None. All of them: the mask is dropped.
     counters: fallbacks by reason. totals: areas per site. warned: kinds of errors already warned about.
     names: module paths of sites. strict: raise instead of running dense after an error.
     carried, counters, totals, warned and names may be shared by many calls; the rest is this call's own.
@@ -53,7 +54,7 @@ class Call:
     grid: tuple[int, int, int] | None = None
     carried: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     mask_ids: dict[int, int] = field(default_factory=dict)
-    noop_masks: dict[int, bool] = field(default_factory=dict)
+    seen_keys: dict[int, int | None] = field(default_factory=dict)
     counters: Counter[str] = field(default_factory=Counter)
     totals: dict[int, SiteTotals] = field(default_factory=dict)
     warned: set[str] = field(default_factory=set)

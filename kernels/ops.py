@@ -92,17 +92,44 @@ def dense_attention(
     return out if out.stride() == (H * L * D, D, H * D, 1) else like_output(query).copy_(out)
 
 
-def _drop_noop_mask(attn_mask: Tensor | None, site: int) -> Tensor | None:
-    """None where the mask hides nothing. Reads one bool from the device, once per mask and call."""
-    if attn_mask is None:
-        return None
+def _seen_keys(attn_mask: Tensor, site: int) -> int | None:
+    """How many keys a mask shows, if these are the first ones, as many in each batch element; else None.
+
+    Read once per mask and call, or less: seen_keys.py knows some masks from calls before.
+    """
     call = context.current()
     number = call.mask_ids.get(site, site)
-    if number not in call.noop_masks:
+    if number not in call.seen_keys:
         if attn_mask.is_cuda and torch.cuda.is_current_stream_capturing():
-            return attn_mask
-        call.noop_masks[number] = bool(attn_mask.all())
-    return None if call.noop_masks[number] else attn_mask
+            return None
+        call.seen_keys[number] = _read_seen_keys(attn_mask)
+    return call.seen_keys[number]
+
+
+def _read_seen_keys(attn_mask: Tensor) -> int | None:
+    """Reads one number from the device, and so waits for it."""
+    shown = attn_mask[:, 0, 0, :]
+    counts = shown.sum(-1, keepdim=True)
+    is_first = shown == (torch.arange(shown.shape[-1], device=shown.device) < counts[:1])
+    return int(torch.where(is_first.all(), counts[0, 0], 0)) or None
+
+
+def _drop_noop_mask(attn_mask: Tensor | None, site: int) -> Tensor | None:
+    """None where the mask hides nothing."""
+    if attn_mask is None or _seen_keys(attn_mask, site) == attn_mask.shape[-1]:
+        return None
+    return attn_mask
+
+
+def _dense_keys(
+    key: Tensor, value: Tensor, attn_mask: Tensor | None, site: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """key, value and mask for dense attention: no mask where the first keys are all there is to see, since
+    kernels without a mask are faster."""
+    seen = None if attn_mask is None else _seen_keys(attn_mask, site)
+    if seen is None:
+        return key, value, attn_mask
+    return key[:, :, :seen], value[:, :, :seen], None
 
 
 def make_plan(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, c: SiteConstants) -> Plan:
@@ -288,7 +315,7 @@ def sparse_exact(
         return _checked(out, query), lse
 
     def dense() -> tuple[Tensor, Tensor]:
-        out = dense_attention(query, key, value, _drop_noop_mask(attn_mask, c.site), c.scale)
+        out = dense_attention(query, *_dense_keys(key, value, attn_mask, c.site), c.scale)
         return out, query.new_empty(query.shape[:-1], dtype=torch.float32)
 
     return _sparse_or_dense(query, c, sparse, dense, alone=False)
@@ -344,15 +371,17 @@ def _(query: Tensor, out: Tensor, lse: Tensor, *_: Any) -> Tensor:
 def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, *constants: Any) -> Tensor:
     """The three ops in one call; dense attention in a dense call."""
     c = SiteConstants(*constants)
-    mask = _drop_noop_mask(attn_mask, c.site)
 
     def sparse() -> Tensor:
-        plan = make_plan(query, key, value, mask, c)
+        plan = make_plan(query, key, value, _drop_noop_mask(attn_mask, c.site), c)
         out = like_output(query)
         out = _kernels(query).attention.attend(query, plan, _scale(query, c), out, c.order == "kmeans")
         return _checked(out, query)
 
-    return _sparse_or_dense(query, c, sparse, lambda: dense_attention(query, key, value, mask, c.scale))
+    def dense() -> Tensor:
+        return dense_attention(query, *_dense_keys(key, value, attn_mask, c.site), c.scale)
+
+    return _sparse_or_dense(query, c, sparse, dense)
 
 
 @attention.register_fake

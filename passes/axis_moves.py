@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,11 @@ from torch import fx
 from .axes import Atom, Axes, Axis, axis_size
 from .sizes import shape
 
+_AUGMENTED = {
+    operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod,
+    operator.ipow, operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift,
+    operator.imatmul,
+}  # fmt: skip
 Found = tuple[Axis, ...] | list[tuple[Axis, ...] | None] | None
 
 
@@ -19,6 +25,14 @@ def op_name(node: fx.Node) -> str:
     if isinstance(node.target, str):
         return node.target
     return getattr(node.target, "__name__", str(node.target)).partition(".")[0]
+
+
+def is_in_place(node: fx.Node) -> bool:
+    """Whether an operation writes into its first argument: x[i] = y, x.add_(y), x += y."""
+    name = op_name(node)
+    if getattr(node.target, "__module__", "") == "_operator":
+        return name == "setitem" or node.target in _AUGMENTED
+    return name.endswith("_") and not name.endswith("__")
 
 
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:

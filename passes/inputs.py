@@ -2,7 +2,8 @@
 
 The step clock needs the timestep (graphs of whole models) or the timestep embedding (graphs of blocks), the
 layer is known by the Parameter that the query projection receives, and the frame grid may stand in rotary
-tables. Positions are counted among the graph's placeholders, which are the arguments of the compiled
+tables. What an attention mask hides is read once as long as the arguments it is made from stay what they are.
+Positions are counted among the graph's placeholders, which are the arguments of the compiled
 callable: under dynamic shapes SymInts come among them, so a fixed position would be wrong.
 """
 
@@ -10,13 +11,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import fx
 
+from .axis_moves import is_in_place, op_name
 from .signs import rotary_placeholders
 from .site import GraphInputs, Site
+from .sizes import example, hint
 from .sources import is_activation, last_key
 
+_NO_FUNCTION = re.compile(r"rand|bernoulli|dropout|multinomial|normal|poisson|exponential|empty")
 _TEMB = re.compile(r"^(temb|time_embed\w*|timestep_proj|t_emb|time_emb\w*|temb_\w+|timestep_embedding)$")
 
 
@@ -35,3 +41,44 @@ def read_inputs(gm: fx.GraphModule, sites: Sequence[Site]) -> GraphInputs:
         rotary=tuple(rotary_placeholders(gm.graph, tokens)),
         parameters={s.index: position[s.parameter] for s in rewritten if s.parameter in position},
     )
+
+
+def mask_arguments(mask: fx.Node) -> tuple[int, ...] | None:
+    """Positions of the tensors that a mask is computed from, if it is a function of them and of sizes alone.
+
+    None where something in between is random or uninitialised, a buffer (anybody may change it), or may be
+    written in place: what is written may come from anywhere. Views share their fake's storage, so aliases are
+    seen.
+    """
+    placeholders = {node: i for i, node in enumerate(mask.graph.find_nodes(op="placeholder"))}
+    written = {_storage(target) for node in mask.graph.nodes for target in _written(node)}
+    found, seen, queue = set(), {mask}, [mask]
+    while queue:
+        node = queue.pop()
+        value = example(node)
+        if isinstance(value, (int, torch.SymInt)) and hint(value) is not None:
+            continue  # a size
+        if node.op == "get_attr" or _NO_FUNCTION.search(op_name(node)):
+            return None
+        if isinstance(value, torch.Tensor) and _storage(node) in written:
+            return None
+        if node in placeholders:
+            found.add(placeholders[node])
+        queue += [before for before in node.all_input_nodes if before not in seen]
+        seen.update(node.all_input_nodes)
+    return tuple(sorted(found))
+
+
+def _written(node: fx.Node) -> list[fx.Node]:
+    """The tensors that an operation writes in place."""
+    target = getattr(node.target, "default", node.target)
+    if node.op not in ("call_function", "call_method"):
+        return []
+    if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
+        return [n for n in node.all_input_nodes if isinstance(example(n), torch.Tensor)]
+    targets = [*node.args[:1]] * is_in_place(node) + [node.kwargs.get("out")]
+    return [n for n in targets if isinstance(example(n), torch.Tensor)]  # type: ignore[misc]
+
+
+def _storage(node: fx.Node) -> Any:
+    return example(node).untyped_storage()._cdata

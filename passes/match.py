@@ -120,6 +120,8 @@ def _written_call(node: fx.Node, written: Written) -> Call:
 def _call(node: fx.Node, arguments: dict[str, Any], forced: str) -> Call:
     stack = module_stack(node)
     arguments["scale"] = _scale(arguments["scale"], arguments["query"])
+    dropout = constant(arguments["dropout_p"])
+    arguments["dropout_p"] = arguments["dropout_p"] if dropout is None else dropout
     return Call(
         node=node,
         **arguments,

@@ -23,7 +23,7 @@ from torch import fx
 
 from svg_ear_compile.kernels import ops
 
-from .axis_moves import op_name
+from .axis_moves import is_in_place
 from .match import Call, match
 from .site import Site
 from .sizes import Extent, example, hint
@@ -142,9 +142,7 @@ def _replace(
 
 def remove_unused(graph: fx.Graph, node: fx.Node) -> None:
     """Erases a node without users, and upstream of it all that only it used. What writes in place stays."""
-    name = op_name(node)
-    in_place = name.endswith("_") and not name.endswith("__") and name != "and_"
-    if node.users or node.op not in ("call_function", "call_method") or name == "setitem" or in_place:
+    if node.users or node.op not in ("call_function", "call_method") or is_in_place(node):
         return
     before = node.all_input_nodes
     graph.erase_node(node)

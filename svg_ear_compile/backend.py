@@ -22,13 +22,13 @@ from torch._dynamo.exc import TorchDynamoException
 from . import announce, records, schedule
 from .calls import CallPlan, SparseCallable
 from .passes.classify import classify
-from .passes.inputs import read_inputs
+from .passes.inputs import mask_arguments, read_inputs
 from .passes.layout import grid_from_rotary
 from .passes.match import Call, match
 from .passes.merge import merge
 from .passes.multihead import expand
 from .passes.rewrite import rewrite
-from .passes.site import Reason, Site, Verdict
+from .passes.site import KeyMask, Reason, Site, Verdict
 from .passes.sources import is_activation
 from .records import GraphRecord, SiteRecord
 from .settings import Resolved, resolve
@@ -145,18 +145,19 @@ def _call_plan(
         record.clock = "the clock reads the timestep embedding"
         if any(_POOLED_TEXT.search(call.source_files) for call in calls):
             record.clock += f", which holds pooled text: {_HELPER}"
-    numbers: dict[fx.Node, int] = {}
+    numbers: dict[KeyMask, int] = {}
     mask_ids = {
-        site.index: numbers.setdefault(call.attn_mask, len(numbers))
-        for site, call in zip(sites, calls, strict=True)
-        if call.attn_mask is not None
+        site.index: numbers.setdefault(site.key_mask, len(numbers))
+        for site in sites
+        if site.key_mask is not None
     }
+    arguments = {number: mask_arguments(mask.node) for mask, number in numbers.items()}
     return CallPlan(
         sites=tuple(site.index for site in sites),
         inputs=inputs,
         video=_video_position(placeholders, example_inputs),
         mask_ids=mask_ids,
-        masks={n: placeholders.index(node) for node, n in numbers.items() if node.op == "placeholder"},
+        masks={number: found for number, found in arguments.items() if found is not None},
         needs_grid=all(site.layout.grid is None for site in sites),
         read_grid=grid_from_rotary,
     )

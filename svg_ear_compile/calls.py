@@ -21,6 +21,7 @@ from . import schedule
 from .kernels import context
 from .passes.site import GraphInputs
 from .records import GraphRecord
+from .seen_keys import SeenKeys
 from .settings import Settings
 from .state import Layer, layers
 
@@ -35,28 +36,27 @@ class CallPlan:
 
     sites: the numbers of the rewritten sites, in their order. video: the position of the argument whose
     shape tells one resolution from another. mask_ids: sites with one number share a mask. masks: per such
-    number, the position of the argument that is that mask, where it is one. needs_grid: whether no site's
-    grid was in the graph.
+    number, the positions of the tensors it is a function of, where that is known. needs_grid: whether no
+    site's grid was in the graph.
     """
 
     sites: tuple[int, ...]
     inputs: GraphInputs
     video: int | None
     mask_ids: dict[int, int]
-    masks: dict[int, int]
+    masks: dict[int, tuple[int, ...]]
     needs_grid: bool
     read_grid: Callable[[Sequence[Tensor], int], Grid | None]
 
 
 @dataclass
 class _Thread:
-    """What one thread remembers of its last call of one graph."""
+    """What one thread remembers of the last calls of one graph."""
 
     rotary: weakref.ref[Tensor] | None = None
     grids: dict[str, Grid | None] = field(default_factory=dict)
     grid: Grid | None = None
-    model_call: tuple[int, int] = (0, 0)
-    noop_masks: dict[int, tuple[weakref.ref[Tensor], bool]] = field(default_factory=dict)
+    masks: SeenKeys = field(default_factory=SeenKeys)
 
 
 class SparseCallable:
@@ -98,12 +98,12 @@ class SparseCallable:
         call.totals = record.totals_on(device)
         call.mask_ids = plan.mask_ids
         call.counters = record.fallbacks
-        known = self._known(clock)
+        known = self._known()
         if plan.needs_grid and plan.inputs.rotary:
             call.grid = record.grid = self._grid(known, [args[i] for i in plan.inputs.rotary])
-        for number, position in plan.masks.items():
-            if number in known.noop_masks and known.noop_masks[number][0]() is args[position]:
-                call.noop_masks[number] = known.noop_masks[number][1]
+        known.masks.begin(tick.generation)
+        for number, positions in plan.masks.items():
+            known.masks.recall(call.seen_keys, number, args, positions)
 
         stamp = (tick.generation, shape, device)
         kept = []
@@ -146,13 +146,10 @@ class SparseCallable:
         model = layers.model_of(first) if first is not None else clock.model or layers.new_model()
         clock.advance(model, moment, shape, self.settings.num_steps, token, first)
 
-    def _known(self, clock: schedule.Clock) -> _Thread:
+    def _known(self) -> _Thread:
         known: _Thread | None = getattr(self._threads, "known", None)
         if known is None:
             known = self._threads.known = _Thread()
-        if known.model_call != clock.call:
-            known.model_call = clock.call
-            known.noop_masks.clear()
         return known
 
     def _grid(self, known: _Thread, tables: list[Tensor]) -> Grid | None:
@@ -195,10 +192,8 @@ class SparseCallable:
         for site, layer, (branch, stamp) in kept:
             if site in call.carried:
                 layers.keep(layer, branch, stamp, call.carried[site])
-        known = self._known(schedule.clock())
-        for number, position in self.plan.masks.items():
-            if number in call.noop_masks:
-                known.noop_masks[number] = (weakref.ref(args[position]), call.noop_masks[number])
+        for number, positions in self.plan.masks.items():
+            self._known().masks.keep(call.seen_keys, number, args, positions)
 
 
 def _is_recorded(value: Any) -> bool:

@@ -81,11 +81,6 @@ class Clock:
         self._shapes: dict[Hashable, Hashable] = {}
         self._generation = next(_generations)
 
-    @property
-    def call(self) -> tuple[int, int]:
-        """Tells one call of a model from any other on this thread."""
-        return self._generation, self._calls
-
     def is_running(self, token: Any, layer: Any) -> bool:
         """Whether a block that gets these two objects belongs to the model call that runs already.
 

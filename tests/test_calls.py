@@ -28,7 +28,7 @@ def _fresh() -> Iterator[None]:
 
 
 class Graph:
-    """Records the context of each call; `answers` is what reading a mask would give."""
+    """Records the context of each call, and reads the mask if the context does not know it."""
 
     def __init__(self) -> None:
         self.contexts: list[context.Call] = []
@@ -39,9 +39,9 @@ class Graph:
     def __call__(self, *args: Any) -> str:
         call = context.current()
         self.contexts.append(call)
-        if 0 not in call.noop_masks:
+        if 0 not in call.seen_keys:
             self.mask_reads += 1
-            call.noop_masks[0] = True
+            call.seen_keys[0] = int(args[MASK].sum())
         call.dense |= dict.fromkeys(self.fail, "failed: ValueError")
         call.carried |= self.leave
         return "out"
@@ -60,7 +60,7 @@ def block(options: dict[str, Any], **inputs: Any) -> tuple[SparseCallable, Graph
     """The callable of a graph with one site; its arguments are [video, time, rotary, mask, weight]."""
     known: dict[str, Any] = {"timestep": None, "temb": TIME, "rotary": (ROTARY,), "parameters": {0: WEIGHT}}
     graph, grids = Graph(), Grids()
-    plan = CallPlan((0,), GraphInputs(**{**known, **inputs}), VIDEO, {0: 0}, {0: MASK}, True, grids)
+    plan = CallPlan((0,), GraphInputs(**{**known, **inputs}), VIDEO, {0: 0}, {0: (MASK,)}, True, grids)
     resolved = resolve({**SPARSE, **options}, {})
     return SparseCallable(graph, plan, resolved.settings, GraphRecord(0, resolved)), graph, grids
 
@@ -101,12 +101,63 @@ def test_a_layer_without_a_parameter_is_counted_in_its_call() -> None:
     assert [call.dense.get(0) for call in graph.contexts] == ["layer 0 is dense", None, None] * 2
 
 
-def test_a_mask_is_read_once_per_model_call(layers: list[nn.Parameter]) -> None:
+def test_a_mask_made_in_each_model_call_is_read_once_in_it(layers: list[nn.Parameter]) -> None:
     run, graph, _ = block({})
     for time in (9.0, 8.0):
         model_call(run, layers, time)
     assert graph.mask_reads == 2
     assert all(call.mask_ids == {0: 0} for call in graph.contexts)
+
+
+def masked_calls(masks: list[Tensor], times: list[float], each: Any = None) -> tuple[int, list[Any]]:
+    """One-block model calls with each of the masks in turn at each time: (reads, what the ops were told)."""
+    run, graph, _ = block({})
+    weight = nn.Parameter(torch.zeros(8, 8))
+    for time in times:
+        for mask in masks:
+            run(torch.zeros(1, 16, 8), torch.full((1, 6, 8), time), torch.zeros(16, 4), mask, weight)
+            if each is not None:
+                each(mask)
+    return graph.mask_reads, [call.seen_keys[0] for call in graph.contexts]
+
+
+def prefix(count: int) -> Tensor:
+    return (torch.arange(16) < count)[None, None, None]
+
+
+def test_a_mask_is_read_once_per_generation_and_branch() -> None:
+    assert masked_calls([prefix(12)], [9, 8, 7]) == (1, [12] * 3)
+    assert masked_calls([prefix(12), prefix(16)], [9, 8, 7]) == (2, [12, 16] * 3)
+    assert masked_calls([prefix(12)], [9, 8, 9, 8]) == (2, [12] * 4), "a new generation"
+
+
+def test_a_mask_changed_in_place_is_read_again() -> None:
+    def change(mask: Tensor) -> None:
+        mask[..., int(mask.sum()) - 1] = False
+
+    assert masked_calls([prefix(12)], [9, 8, 7], change) == (3, [12, 11, 10])
+
+
+def test_a_mask_with_other_storage_is_read_again() -> None:
+    def change(mask: Tensor) -> None:
+        mask.data = prefix(int(mask.sum()) - 1)
+
+    assert masked_calls([prefix(12)], [9, 8, 7], change) == (3, [12, 11, 10])
+
+
+def test_masks_of_inference_mode_have_no_version_and_are_read_in_each_call() -> None:
+    with torch.inference_mode():
+        mask = prefix(12)
+    assert masked_calls([mask], [9, 8, 7]) == (3, [12] * 3)
+
+
+def test_masks_are_held_weakly() -> None:
+    run, graph, _ = block({})
+    weight, shared = nn.Parameter(torch.zeros(8, 8)), torch.zeros(1, 6, 8)
+    for count in range(1, 17):
+        run(torch.zeros(1, 16, 8), shared, torch.zeros(16, 4), prefix(count), weight)  # at one address, maybe
+    assert graph.mask_reads == 16
+    assert [call.seen_keys[0] for call in graph.contexts] == list(range(1, 17))
 
 
 def test_a_grid_is_read_once_per_kind_of_rotary_table(layers: list[nn.Parameter]) -> None:

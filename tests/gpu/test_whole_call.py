@@ -1,4 +1,4 @@
-"""The whole op on a GPU: same bits every time, no waiting for the device, CUDA graphs, memory, bad numbers."""
+"""The op on a GPU: same bits every time, no waiting for the device, CUDA graphs, memory, bad numbers."""
 
 from __future__ import annotations
 

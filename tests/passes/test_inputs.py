@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from models.capture import Backend, Captured, Knobs, capture, compiled, fresh_dy
 from models.graphs import captured, heads, tokens, video
 from models.tiny import build
 from torch import Tensor, nn
+
+from svg_ear_compile.passes.inputs import mask_arguments
 
 
 def names(graph: Captured) -> dict[str, Any]:
@@ -167,3 +170,74 @@ def test_no_projection_is_no_parameter() -> None:
         return F.scaled_dot_product_attention(x, x, x)
 
     assert captured(f, video()).inputs.parameters == {}
+
+
+def mask_arguments_of(graph: Captured) -> list[str] | None:
+    """Names of what the first site's mask is made from."""
+    mask = next(site.key_mask for site in graph.sites if site.verdict.rewrite)
+    assert mask is not None
+    found = mask_arguments(mask.node)
+    return None if found is None else [graph.placeholders[i] for i in found]
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize(
+    ("name", "regional", "argument"),
+    [
+        ("hunyuan_video", False, "l_kwargs_encoder_attention_mask_"),
+        ("hunyuan_video", True, "l_attention_mask_"),
+        ("hunyuan_video15", True, "l_attention_mask_"),
+        ("motif_video", False, "l_encoder_attention_mask_"),
+        ("allegro", False, "l_attention_mask_"),
+    ],
+)
+def test_what_a_mask_is_made_from(name: str, regional: bool, argument: str, dynamic: bool | None) -> None:
+    model, arguments = build(name)
+    backend = capture(model, arguments(3, 4, 6), regional=regional, dynamic=dynamic)
+    graph = next(graph for graph in backend.captured if any(site.verdict.rewrite for site in graph.sites))
+    (found,) = mask_arguments_of(graph) or ()
+    assert found.endswith(argument)
+
+
+def over(mask: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    def f(clip: Tensor, padding: Tensor) -> Tensor:
+        x = heads(tokens(clip))
+        return F.scaled_dot_product_attention(x, x, x, attn_mask=mask(padding)[:, None, None])
+
+    return f
+
+
+def written(padding: Tensor) -> Tensor:
+    shown = padding.clone()
+    shown[:, 3:9] = False
+    return shown
+
+
+def written_by_a_view(padding: Tensor) -> Tensor:
+    shown = padding.clone()
+    shown.unsqueeze(0)[..., 0].logical_not_()
+    return shown
+
+
+def augmented(padding: Tensor) -> Tensor:
+    shown = padding.clone()
+    half = shown[:, :36]
+    half &= False
+    return shown
+
+
+@pytest.mark.parametrize(
+    ("mask", "found"),
+    [
+        (lambda m: m, ["l_padding_"]),
+        (lambda m: m & (torch.arange(72) < 70), ["l_padding_"]),
+        (lambda m: torch.arange(72)[None] < 70, []),
+        (lambda m: m & (torch.rand(72) < 0.5), None),
+        (written, None),
+        (written_by_a_view, None),
+        (augmented, None),
+    ],
+)
+def test_masks_that_are_no_function_of_arguments(mask: Callable[[Tensor], Tensor], found: Any) -> None:
+    graph = captured(over(mask), video(), torch.ones(1, 72, dtype=torch.bool))
+    assert mask_arguments_of(graph) == found

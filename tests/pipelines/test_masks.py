@@ -1,0 +1,46 @@
+"""How often does the host read what a mask hides? It waits for the device each time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pipelines.test_pipelines import STEPS, blockwise, whole
+from torch import Tensor
+
+from svg_ear_compile.kernels import ops
+
+pytestmark = [pytest.mark.usefixtures("fresh"), pytest.mark.filterwarnings("error:svg_ear")]
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int | None]]:
+    """(keys, how many of them are seen) of each mask that was read."""
+    found: list[tuple[int, int | None]] = []
+    read = ops._read_seen_keys
+
+    def spy(mask: Tensor) -> int | None:
+        found.append((mask.shape[-1], read(mask)))
+        return found[-1][1]
+
+    monkeypatch.setattr(ops, "_read_seen_keys", spy)
+    return found
+
+
+@pytest.mark.parametrize("prompt", ["a cat walks", "a cat walks a dog sleeps a cat"], ids=["padded", "full"])
+def test_once_per_generation(prompt: str, reads: list[Any]) -> None:
+    """Both of its kinds of blocks share the mask, which the graph makes of the pipeline's own mask tensor."""
+    tiny = whole("hunyuan_video", density=0.3, dense_steps=1)
+    tiny(prompt=prompt)
+    text = len(prompt.split())
+    ((keys, seen),) = reads
+    assert keys - seen == 8 - text
+    tiny(prompt="a dog")
+    assert len(reads) == 2, "another generation has another mask"
+    assert reads[1][1] == seen - text + 2
+
+
+def test_once_per_model_call_where_blocks_are_compiled_one_by_one(reads: list[Any]) -> None:
+    """Each model call makes a new mask then, outside of all graphs; its blocks share it."""
+    blockwise("hunyuan_video", density=0.3)()
+    assert len(reads) == 2 * STEPS, "double- and single-stream blocks are two graphs"
