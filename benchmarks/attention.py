@@ -198,7 +198,7 @@ def measure(
     total = milliseconds(whole, repeats)
     memory = torch.cuda.max_memory_allocated() - before
     stages = stage_times(whole)
-    exact, executed = (x.item() / totals.pairs for x in (totals.exact, totals.executed))
+    exact, executed = (x / totals.pairs for x in totals.areas.tolist())
     flops = 4 * shape.heads * shape.length**2 * shape.head_dim
     return {
         "shape": shape.name, "tokens": shape.length, "heads x d": f"{shape.heads} x {shape.head_dim}",

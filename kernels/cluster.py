@@ -9,8 +9,8 @@ and no operation is atomic: the same input gives the same bits.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ _CHUNK_BYTES = 2**28
 _POWER_ITERATIONS = 4
 # Edge of the columns of "cubes", in frames and rows: 4 x 4 x 8 tokens are a query block, 4 x 4 x 4 a key one.
 _EDGE = 4
+
+# context.Call.remember
+Remember = Callable[[torch.device, Hashable, Callable[[], Any]], Any]
 
 
 class Blocks(NamedTuple):
@@ -45,41 +48,67 @@ def make_blocks(
     order: str,
     grid: tuple[int, ...] | None,
     seed: int,
+    remember: Remember = lambda device, key, make: make(),
 ) -> tuple[Blocks, Tensor | None]:
     """Puts the tokens of x [B,H,L,D] into counts = (video, text) blocks; text blocks come last.
 
     valid: [B,L] bool, False for masked tokens, which belong to no block; None when there are none.
     block: tokens of an equal tile; text is cut into tiles in every order. carried: centroids
     [B,H,C,D] float32 of the last call, "kmeans" only. grid: (frames, height, width) of the video tokens.
+    remember: keeps what cubes look like, which no tensor has a say in, for the next call.
     Returns the blocks and, for "kmeans", the centroids to carry on.
     """
     B, H, L, _ = x.shape
-    n, first = L - num_text, num_text if text_first else 0
+    n, first, device = L - num_text, num_text if text_first else 0, x.device
     video, seen = x[:, :, first : first + n], None if valid is None else valid[:, first : first + n]
-    state = None
-    if order == "kmeans":
+    cubic = grid is not None and order in ("auto", "cubes")
+    ends: Tensor | None = None
+    state: Tensor | None = None
+    if grid is not None and cubic:
+        arranged = remember(device, grid, lambda: cubes(grid, device).view(1, 1, n))
+    elif order == "kmeans":
         arranged, ends, state = kmeans(video, seen, counts[0], carried, seed)
     elif order in ("auto", "cubes", "splits"):
-        if grid is not None and order != "splits":
-            arranged = cubes(grid, x.device).expand(B, H, n)
-        else:
-            arranged = splits(video, seen, block)
-        num_video = n if seen is None else seen.sum(-1).view(B, 1, 1)
-        ends = _tile_offsets(counts[0], block, num_video, x.device).expand(B, H, -1)
+        arranged = splits(video, seen, block)
     else:
         raise ValueError(f"unknown order {order!r}")
 
-    text = torch.arange(num_text, device=x.device) + (0 if text_first else n)
-    tokens = torch.cat([arranged + first, text.expand(B, H, num_text)], dim=-1)
-    if valid is not None:
-        masked = (~valid)[:, None].expand(B, H, L).gather(-1, tokens)
-        tokens = tokens.gather(-1, masked.to(torch.uint8).argsort(dim=-1, stable=True))
-    seen_text: int | Tensor = num_text
-    if valid is not None:
-        seen_text = (valid.sum(-1) - valid[:, first : first + n].sum(-1)).view(B, 1, 1)
-    text_ends = _tile_offsets(counts[1], block, seen_text, x.device)[..., 1:]
-    offsets = torch.cat([ends, ends[..., -1:] + text_ends.expand(B, H, -1)], dim=-1)
-    return Blocks(tokens.to(torch.int32), offsets.to(torch.int32)), state
+    def slots() -> Tensor:
+        text = torch.arange(num_text, device=device) + (0 if text_first else n)
+        tokens = torch.cat([arranged + first, text.expand(*arranged.shape[:2], num_text)], dim=-1)
+        return _of_heads(tokens if valid is None else _masked_last(tokens, valid), B, H)
+
+    def offsets() -> Tensor:
+        n_video: int | Tensor = n
+        n_text: int | Tensor = num_text
+        if valid is not None and seen is not None:
+            n_video = seen.sum(-1).view(B, 1, 1)
+            n_text = valid.sum(-1).view(B, 1, 1) - n_video
+        of_video = _tile_offsets(counts[0], block, n_video, device) if ends is None else ends
+        of_text = of_video[..., -1:] + _tile_offsets(counts[1], block, n_text, device)[..., 1:]
+        of_video = of_video.expand(*of_text.shape[:2], -1)
+        return _of_heads(torch.cat([of_video, of_text], dim=-1), B, H)
+
+    if not cubic or valid is not None:
+        return Blocks(slots(), offsets()), state
+    same = (grid, num_text, text_first, B, H)
+    return Blocks(remember(device, same, slots), remember(device, (*same, block), offsets)), None
+
+
+def _of_heads(x: Tensor, B: int, H: int) -> Tensor:
+    """[B or 1, H or 1, ...] of every head, int32, contiguous."""
+    return x.to(torch.int32).expand(B, H, -1).contiguous()
+
+
+def _masked_last(tokens: Tensor, valid: Tensor) -> Tensor:
+    """slot -> token [B or 1, H or 1, L], masked tokens behind all others, both in the order that they had."""
+    tokens = tokens.expand(len(valid), -1, -1)
+    seen = valid[:, None].expand(tokens.shape).gather(-1, tokens)
+    through = seen.cumsum(-1)
+    slot = torch.arange(tokens.shape[-1], device=tokens.device)
+    slot = torch.where(seen, through - 1, through[..., -1:] + slot - through)
+    # Slots are distinct, so the order of the writes does not matter.
+    return torch.empty_like(slot).scatter_(-1, slot, tokens)
 
 
 def _tile_offsets(count: int, block: int, tokens: int | Tensor, device: torch.device) -> Tensor:

@@ -9,29 +9,33 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
+
+_T = TypeVar("_T")
+# So many things are remembered at a time: the orders and offsets of a few resolutions.
+_REMEMBERED = 16
 
 
 @dataclass
 class SiteTotals:
     """Sums over the sparse calls of one site, kept on the device: reading them is the report's business.
 
-    exact: query-key pairs of video tokens computed exactly; executed: the same with the padding of tiles;
-    pairs: all query-key pairs of video tokens.
+    areas: [2] int64, query-key pairs of video tokens computed exactly, and the same with the padding of
+    tiles; pairs: all query-key pairs of video tokens.
     """
 
-    exact: Tensor | None = None
-    executed: Tensor | None = None
+    areas: Tensor | None = None
     pairs: int = 0
 
-    def add(self, exact: Tensor, executed: Tensor, pairs: int) -> None:
-        """Adds one call: two 0-d float64 tensors and a plain count."""
-        self.exact = exact if self.exact is None else self.exact + exact
-        self.executed = executed if self.executed is None else self.executed + executed
+    def add(self, areas: Tensor, pairs: int) -> None:
+        """Adds one call."""
+        self.areas = areas if self.areas is None else self.areas + areas
         self.pairs += pairs
 
 
@@ -42,17 +46,19 @@ class Call:
     dense: the reason for each site that runs dense in this call; absent means sparse.
     grid: (frames, height, width) in tokens, when only the arguments of this call show it.
     carried: per site, the centroids that k-means left last time for this layer, branch and model.
+    fixed: what does not depend on a call's tensors but on their shapes (`remember`).
     mask_ids: sites with one number here share one mask tensor in this call, so it is read once.
     seen_keys: per such number, how many keys its mask shows, if it shows the first of each batch element and
     equally many; else None. All of them: the mask is dropped.
     counters: fallbacks by reason. totals: areas per site. warned: kinds of errors already warned about.
     names: module paths of sites. strict: raise instead of running dense after an error.
-    carried, counters, totals, warned and names may be shared by many calls; the rest is this call's own.
+    carried, fixed, counters, totals, warned and names may be shared by many calls; the rest is this call's own.
     """
 
     dense: dict[int, str] = field(default_factory=dict)
     grid: tuple[int, int, int] | None = None
     carried: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    fixed: dict[Hashable, Any] = field(default_factory=dict)
     mask_ids: dict[int, int] = field(default_factory=dict)
     seen_keys: dict[int, int | None] = field(default_factory=dict)
     counters: Counter[str] = field(default_factory=Counter)
@@ -64,6 +70,23 @@ class Call:
     def name_of(self, site: int) -> str:
         """The site for people."""
         return f"attention site {site}" + (f" ({self.names[site]})" if self.names.get(site) else "")
+
+    def remember(self, device: torch.device, key: Hashable, make: Callable[[], _T]) -> _T:
+        """make(), or what it gave when it was last called under this key.
+
+        Tensors stay with the stream that made them; what is made while a CUDA graph records belongs to it.
+        """
+        if device.type == "cuda":
+            if torch.cuda.is_current_stream_capturing():
+                return make()
+            key = (key, torch.cuda.current_stream(device))
+        key = (key, device)
+        found: _T | None = self.fixed.get(key)
+        if found is None:
+            if len(self.fixed) >= _REMEMBERED:
+                self.fixed.clear()
+            found = self.fixed[key] = make()
+        return found
 
 
 _thread = threading.local()

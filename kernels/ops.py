@@ -146,22 +146,18 @@ def make_plan(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | Non
     if grid is not None and math.prod(grid) != L - c.num_text:
         grid = None
     carried = call.carried.get(c.site, (None, None))
-    arrange = (c.num_text, c.text_first, c.order, grid, c.seed)
+    arrange = (c.num_text, c.text_first, c.order, grid, c.seed, call.remember)
     queries, query_state = cluster.make_blocks(query, None, (vq, tq), QUERY_BLOCK, carried[0], *arrange)
     keys, key_state = cluster.make_blocks(key, valid, (vk, tk), KEY_BLOCK, carried[1], *arrange)
     if query_state is not None and key_state is not None:
         call.carried[c.site] = (query_state, key_state)
 
     kernels = _kernels(query)
-    (key_p, key_centroids), (value_p, value_centroids) = (
-        kernels.permute.gather_with_means(x, keys.order, keys.offsets, valid is not None)
-        for x in (key, value)
+    key_p, value_p, key_centroids, value_centroids = kernels.permute.gather_with_means(
+        key, value, keys.order, keys.offsets, valid is not None
     )
-    query_centroids = kernels.permute.gathered_means(query, queries.order, queries.offsets)
-    query_sizes, key_sizes = queries.offsets.diff(dim=-1), keys.offsets.diff(dim=-1)
-
     scores = kernels.probe.probe(
-        query_centroids,
+        kernels.permute.gathered_means(query, queries.order, queries.offsets),
         key_p,
         value_p,
         keys.offsets,
@@ -170,21 +166,21 @@ def make_plan(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | Non
         scale,
         c.routing,
         largest_block=None if c.order == "kmeans" else KEY_BLOCK,
+        with_mass=c.routing == "svg_ear" or c.density is None,
     )
-    kept = route.route(scores, query_sizes, key_sizes, vq, vk, c.routing, c.density)
-    bias = route.centroid_bias(scores, kept, key_sizes, c.routing, c.compensate)
-    count, blocks = route.kept_lists(kept)
-    exact, executed = route.areas(kept[:, :, :vq, :vk], query_sizes[..., :vq], key_sizes[..., :vk])
-    call.totals.setdefault(c.site, context.SiteTotals()).add(exact, executed, B * H * (L - c.num_text) ** 2)
+    routed = kernels.route.select(
+        scores, queries.offsets, keys.offsets, (vq, vk), c.routing, c.density, c.compensate
+    )
+    call.totals.setdefault(c.site, context.SiteTotals()).add(routed.areas, B * H * (L - c.num_text) ** 2)
     plan = Plan(
         key_p, value_p, queries.order, queries.offsets, keys.order, keys.offsets,
-        key_centroids.to(query.dtype), value_centroids.to(query.dtype), bias, count, blocks,
+        key_centroids.to(query.dtype), value_centroids.to(query.dtype), *routed[:3],
     )  # fmt: skip
     return _checked_plan(plan, query, c)
 
 
 class _Kernels(NamedTuple):
-    """The modules with the functions of kernels/permute.py, probe.py and attention.py.
+    """The modules with the functions of kernels/permute.py, probe.py, route.py and attention.py.
 
     The last argument of attention's, variable: whether blocks may be of any size (kmeans); Triton cannot
     see from a plan on the device.
@@ -192,16 +188,17 @@ class _Kernels(NamedTuple):
 
     permute: ModuleType
     probe: ModuleType
+    route: ModuleType
     attention: ModuleType
 
 
 def _kernels(query: Tensor) -> _Kernels:
     """For the query's device: Triton on CUDA, else PyTorch."""
     if query.is_cuda:
-        from . import triton_attention, triton_permute, triton_probe
+        from . import triton_attention, triton_permute, triton_probe, triton_route
 
-        return _Kernels(triton_permute, triton_probe, triton_attention)
-    return _Kernels(permute, probe, attention_torch)
+        return _Kernels(triton_permute, triton_probe, triton_route, triton_attention)
+    return _Kernels(permute, probe, route, attention_torch)
 
 
 def _scale(query: Tensor, c: SiteConstants) -> float:
@@ -281,7 +278,10 @@ def clustered_permute(
     c = SiteConstants(*constants)
 
     def sparse() -> Plan:
-        return make_plan(query, key, value, _drop_noop_mask(attn_mask, c.site), c)
+        plan = make_plan(query, key, value, _drop_noop_mask(attn_mask, c.site), c)
+        # What the call remembers stays its own: whoever gets the plan may reuse its memory.
+        shared = ("query_order", "query_offsets", "key_order", "key_offsets")
+        return plan._replace(**{name: getattr(plan, name).clone() for name in shared})
 
     return _sparse_or_dense(query, c, sparse, lambda: empty_plan(query, c.num_text, c.order), alone=False)
 

@@ -34,10 +34,12 @@ def block_means(x: Tensor, offsets: Tensor) -> Tensor:
     return means.view(B, H, -1, D)
 
 
-def gather_with_means(x: Tensor, order: Tensor, offsets: Tensor, masked: bool) -> tuple[Tensor, Tensor]:
-    """(gather, block_means of it). masked: whether there are slots behind the last block."""
-    gathered = gather(x, order, offsets if masked else None)
-    return gathered, block_means(gathered, offsets)
+def gather_with_means(
+    key: Tensor, value: Tensor, order: Tensor, offsets: Tensor, masked: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(key, value) in block order, then their block means. masked: are there slots behind the last block?"""
+    gathered = [gather(x, order, offsets if masked else None) for x in (key, value)]
+    return gathered[0], gathered[1], block_means(gathered[0], offsets), block_means(gathered[1], offsets)
 
 
 def gathered_means(x: Tensor, order: Tensor, offsets: Tensor) -> Tensor:

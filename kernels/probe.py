@@ -77,12 +77,14 @@ def probe(
     scale: float,
     routing: str,
     largest_block: int | None = None,
+    with_mass: bool = True,
 ) -> Scores:
     """Scores of all blocks (module docstring).
 
     query_centroids [B,H,Cq,D], key_centroids, value_centroids [B,H,Ck,D] float32; key, value [B,H,L,D] in
     block order, key_offsets [B,H,Ck+1]. Slots from key_offsets[..., -1] on belong to no block.
-    largest_block: no key block holds more tokens (equal tiles); None when that is not known.
+    largest_block: no key block holds more tokens (equal tiles); None when that is not known. with_mass: whether the
+    routing will ask for the mass; makes no difference here.
     """
     if routing not in ("output_error", "svg_ear"):
         raise ValueError(f"unknown routing {routing!r}")

@@ -17,6 +17,8 @@ Areas are summed as integers: exactly, and in any order with the same result.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,36 @@ TOP_P = 0.9
 FLOOR_PERCENT = 5
 # Probabilities are summed as integers of this unit, see above.
 _UNIT = 2.0**40
+
+
+class Routed(NamedTuple):
+    """What the routing puts into a Plan (bias, kept_count, kept_blocks), and the areas of what it kept.
+
+    areas: [2] int64, exact and executed query-key pairs of video tokens; executed counts the tiles' padding.
+    """
+
+    bias: Tensor
+    kept_count: Tensor
+    kept_blocks: Tensor
+    areas: Tensor
+
+
+def select(
+    scores: Scores,
+    query_offsets: Tensor,
+    key_offsets: Tensor,
+    video: tuple[int, int],
+    routing: str,
+    density: float | None,
+    compensate: bool,
+) -> Routed:
+    """Chooses the exact blocks and lists them. Offsets as in Plan; video: (query, key) blocks of video."""
+    query_sizes, key_sizes = query_offsets.diff(dim=-1), key_offsets.diff(dim=-1)
+    kept = route(scores, query_sizes, key_sizes, *video, routing, density)
+    bias = centroid_bias(scores, kept, key_sizes, routing, compensate)
+    rows, columns = video
+    area = areas(kept[:, :, :rows, :columns], query_sizes[..., :rows], key_sizes[..., :columns])
+    return Routed(bias, *kept_lists(kept), area)
 
 
 def route(
@@ -164,14 +196,14 @@ def kept_lists(kept: Tensor) -> tuple[Tensor, Tensor]:
     return kept.sum(-1, dtype=torch.int32), blocks.to(torch.int32)
 
 
-def areas(kept: Tensor, query_sizes: Tensor, key_sizes: Tensor) -> tuple[Tensor, Tensor]:
-    """(exact, executed) query-key pairs of the kept blocks, 0-d float64; executed counts tile padding."""
+def areas(kept: Tensor, query_sizes: Tensor, key_sizes: Tensor) -> Tensor:
+    """(exact, executed) query-key pairs of the kept blocks, [2] int64; executed counts tile padding."""
 
     def area(queries: Tensor, keys: Tensor) -> Tensor:
-        per_query = torch.where(kept, keys.int()[:, :, None], 0).sum(-1)
-        return (per_query * queries).sum().double()
+        return (torch.where(kept, keys.int()[:, :, None], 0).sum(-1) * queries).sum()
 
     def padded(sizes: Tensor, tile: int) -> Tensor:
         return (sizes + tile - 1) // tile * tile
 
-    return area(query_sizes, key_sizes), area(padded(query_sizes, QUERY_BLOCK), padded(key_sizes, KEY_BLOCK))
+    exact = area(query_sizes, key_sizes)
+    return torch.stack([exact, area(padded(query_sizes, QUERY_BLOCK), padded(key_sizes, KEY_BLOCK))])

@@ -61,4 +61,5 @@ def probe_config_for(capability: tuple[int, int], head_dim: int, dtype: torch.dt
     tma = capability[0] in (9, 10)
     if head_dim > 128:
         return Config(64, 64, 64, 8, 2 if tma else 1, 1, tma=tma)
-    return Config(64, 64, 64, 4, 3, 1, tma=True) if tma else Config(64, 64, 64, 8, 2, 1)
+    # 128 registers a thread and under 100 KB: two programs a multiprocessor, one computes while one waits.
+    return Config(128, 64, 64, 8, 2, 1, tma=True) if tma else Config(64, 64, 64, 8, 2, 1)

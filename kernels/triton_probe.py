@@ -1,25 +1,30 @@
 """Query centroids against all true keys (kernels/probe.py), without a [Cq, L] matrix in memory.
 
-Formulas as in probe.py. For query centroid i and key block j, s_t = scale qc_i.k_t, w_t = exp(s_t - m_ij):
+Formulas as in probe.py. For query centroid i and key block j of n_j keys, s_t = scale qc_i.k_t,
+m_ij = max_t s_t, w_t = exp(s_t - m_ij) and W = sum_t w_t:
 
-    lse_ij   = m_ij + log sum_t w_t
+    lse_ij   = m_ij + log W,   gap_ij = lse_ij - log n_j - scale qc_i.kc_j
     error_ij = 2 (m_ij - c_i) + log lost_ij - log n_j
-    "output_error": lost_ij = |sum_t w_t v_t - (sum_t w_t) vc_j|^2,            c_i = log sum_j exp(lse_ij)
-    "svg_ear":      lost_ij = sum_t |w_t v_t - exp(sbar_ij - m_ij) vc_j|^2,    c_i = max_j m_ij
+    "output_error": lost_ij = |sum_t (w_t - W / n_j) v_t|^2,               c_i = log sum_j exp(lse_ij)
+    "svg_ear":      lost_ij = sum_t |w_t v_t - exp(sbar_ij - m_ij) vc_j|^2,  c_i = max_j m_ij
 
-One program takes BLOCK_M query centroids and a run of key blocks; logits and weights stay on the chip. In low
-precision the weights are rounded before the second product, and the same rounded weights are summed for vc_j,
-so the difference cancels to float32's accuracy. Query and key centroids are rounded to the dtype of the keys,
-as the attention kernel will see them: the gap makes up for what that does to a centroid's logit.
+The first is probe.py's |sum_t w_t (v_t - vc_j)|^2, with the mean of the values written out: weights are
+centred instead of values, on the chip and before they are rounded for the second product.
+
+One program takes BLOCK_M query centroids and a run of key blocks; logits and weights stay on the chip. Query
+and key centroids are rounded to the dtype of the keys, as the attention kernel will see them: the gap makes
+up for what that does to a centroid's logit. c_i is summed up run by run, so it is known only afterwards: the
+scores carry it in `parts`, for the routing to take off.
 
 key, value [B,H,L,D] contiguous in block order; blocks of any size, in tiles of 64 keys (windows that end with
 the block's part, as in triton_attention.py): one pass where no block is larger (ONE_TILE), else two.
-Accumulators and results float32. Deterministic, nothing is read back.
+Accumulators and results float32; scores lie as [B,H,Ck,Cq], so that a program writes whole lines.
+Deterministic, nothing is read back. The scale must be positive.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -27,7 +32,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .plan import KEY_BLOCK
-from .probe import Scores
 from .triton_configs import Config, probe_config_for
 from .triton_tiles import LN_2, LOG2_E, capability, descriptor, load_rows
 
@@ -35,23 +39,75 @@ BLOCK_N = KEY_BLOCK
 BLOCKS_PER_PROGRAM = 64
 
 
+class RowScores(NamedTuple):
+    """probe.Scores, but for the errors' scale: each row's own (kernels/triton_route.py brings them to one).
+
+    mass: None unless asked for. parts: [B,H,runs,Cq] float32; c_i = logsumexp over the runs ("output_error")
+    or their maximum ("svg_ear"), and 2 c_i is yet to be taken off the errors.
+    """
+
+    error: Tensor
+    mass: Tensor | None
+    gap: Tensor
+    parts: Tensor
+
+
 @triton.jit
-def _logits(q, key, head, low, stop, length, scale, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
+def _inside(size, BLOCK_N: tl.constexpr):
+    """Which slots of a window count: the last `size`."""
+    return tl.arange(0, BLOCK_N) >= BLOCK_N - size
+
+
+@triton.jit
+def _logits(q, key, head, stop, size, length, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
             BLOCK_D: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Logits over log 2 of the slots [low, stop), the last of the window; -inf for its other slots."""
+    """q.k of the window that ends before slot `stop`; -inf but for its last `size` slots."""
     k = load_rows(key, head, stop - BLOCK_N, length, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
-    s = tl.dot(q, k.T, input_precision=PRECISION) * scale
-    return tl.where((tl.arange(0, BLOCK_N) >= BLOCK_N - (stop - low))[None, :], s, float("-inf"))
+    s = tl.dot(q, k.T, input_precision=PRECISION)
+    if size < BLOCK_N:
+        s = tl.where(_inside(size, BLOCK_N)[None, :], s, float("-inf"))
+    return s
+
+
+@triton.jit
+def _base(top):
+    """What logits are taken off from: exp2(-inf - -inf) is NaN."""
+    return tl.where(top == float("-inf"), 0.0, top)
+
+
+@triton.jit
+def _moved(w, mean, value, head, stop, size, length, moved, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
+           BLOCK_D: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """moved + sum_t (w_t - mean) v_t over the last `size` slots of a window."""
+    v = load_rows(value, head, stop - BLOCK_N, length, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
+    w -= mean[:, None]
+    if size < BLOCK_N:
+        w = tl.where(_inside(size, BLOCK_N)[None, :], w, 0.0)
+    return tl.dot(w.to(v.dtype), v, moved, input_precision=PRECISION)
+
+
+@triton.jit
+def _lost(w, ebar, norms, head, stop, size, length, mean_norm, BLOCK_N: tl.constexpr):
+    """sum_t |w_t v_t - ebar vc|^2 over the last `size` slots of a window; norms: spread_kernel's."""
+    slots = stop - BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = _inside(size, BLOCK_N)
+    where = norms + (head.to(tl.int64) * length + slots) * 2
+    spread = tl.load(where, mask=inside, other=0.0)[None, :]
+    across = tl.load(where + 1, mask=inside, other=0.0)[None, :]
+    off = tl.where(inside[None, :], w - ebar[:, None], 0.0)
+    return tl.sum(w * (w * spread + 2 * off * across) + off * off * mean_norm, 1)
 
 
 @triton.jit
 def probe_kernel(
-    query_centroids, key, value, key_offsets, value_centroids, center, lse, error, tops, scale, L, Cq, Ck,
+    query_centroids, key, value, key_offsets, key_centroids, value_centroids, error, gap, mass, parts,
+    scale, L, Cq, Ck, row_stride,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCKS: tl.constexpr, ONE_TILE: tl.constexpr, OUTPUT_ERROR: tl.constexpr, TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BLOCKS: tl.constexpr, ONE_TILE: tl.constexpr, OUTPUT_ERROR: tl.constexpr, WITH_MASS: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The module's docstring. error: 2 m_ij + log lost_ij; tops: m_ij, written for "svg_ear" only."""
+    """The module's docstring; all in units of log 2 until it is stored. error: without c_i. parts: c_i over
+    the program's own run of key blocks. value: the norms of spread_kernel where OUTPUT_ERROR is not set."""
     head = tl.program_id(2)
     head64 = head.to(tl.int64)
     i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -63,68 +119,128 @@ def probe_kernel(
         mask=live[:, None] & wide[None, :], other=0.0,
     )  # fmt: skip
     scale = scale * LOG2_E
-    offsets = key_offsets + head64 * (Ck + 1)
     begin = tl.program_id(1) * BLOCKS
+
+    # The centroids' own logits wait in gap until their block comes.
+    blocks = begin + tl.arange(0, BLOCKS)
+    here = blocks < Ck
+    kc = tl.load(
+        key_centroids + (head64 * Ck + blocks)[:, None] * HEAD_DIM + columns[None, :],
+        mask=here[:, None] & wide[None, :], other=0.0,
+    )  # fmt: skip
+    start = (head64 * Ck + begin) * row_stride
+    error += start
+    gap += start
+    centers = tl.dot(q, kc.T, input_precision=PRECISION) * scale
+    place = tl.arange(0, BLOCKS)[None, :] * row_stride + i[:, None]
+    tl.store(gap + place, centers, mask=live[:, None] & here[None, :])
+    tl.debug_barrier()
+
+    offsets = key_offsets + head64 * (Ck + 1)
     first, end = tl.load(offsets + begin), tl.load(offsets + begin + 1)
+    run_top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    run_total = tl.zeros([BLOCK_M], tl.float32)
     for j in range(begin, tl.minimum(begin + BLOCKS, Ck)):
-        vc = tl.load(value_centroids + (head64 * Ck + j) * HEAD_DIM + columns, mask=wide, other=0.0)
-        place = (head64 * Cq + i) * Ck + j
+        center = tl.load(gap + i, mask=live, other=0.0)
+        n = end - first
+        count = tl.maximum(n, 1).to(tl.float32)
         if ONE_TILE:
-            s = _logits(q, key, head, first, end, L, scale, BLOCK_N, HEAD_DIM, BLOCK_D, TMA, PRECISION)
-            top = tl.max(s, 1)
+            s = _logits(q, key, head, end, n, L, BLOCK_N, HEAD_DIM, BLOCK_D, TMA, PRECISION)
+            top = tl.max(s, 1) * scale
+            w = tl.exp2(s * scale - _base(top)[:, None])
+            total = tl.sum(w, 1)
         else:
             top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+            total = tl.zeros([BLOCK_M], tl.float32)
             for low in range(first, end, BLOCK_N):
                 stop = tl.minimum(low + BLOCK_N, end)
-                s = _logits(q, key, head, low, stop, L, scale, BLOCK_N, HEAD_DIM, BLOCK_D, TMA, PRECISION)
-                top = tl.maximum(top, tl.max(s, 1))
-        base = tl.where(top == float("-inf"), 0.0, top)
-        total = tl.zeros([BLOCK_M], tl.float32)
+                s = _logits(q, key, head, stop, stop - low, L, BLOCK_N, HEAD_DIM, BLOCK_D, TMA, PRECISION)
+                above = tl.maximum(top, tl.max(s, 1) * scale)
+                w = tl.exp2(s * scale - _base(above)[:, None])
+                total = total * tl.exp2(top - _base(above)) + tl.sum(w, 1)
+                top = above
+        base = _base(top)
         if OUTPUT_ERROR:
+            mean = total / count
+            moved = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
             if ONE_TILE:
-                w = tl.exp2(s - base[:, None])
-                total = tl.sum(w, 1)
-                v = load_rows(value, head, end - BLOCK_N, L, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
-                rounded = w.to(v.dtype)
-                weight = tl.sum(rounded.to(tl.float32), 1)
-                moved = tl.dot(rounded, v, input_precision=PRECISION)
+                moved = _moved(
+                    w, mean, value, head, end, n, L, moved, BLOCK_N, HEAD_DIM, BLOCK_D, TMA, PRECISION
+                )
             else:
-                weight = tl.zeros([BLOCK_M], tl.float32)
-                moved = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
                 for low in range(first, end, BLOCK_N):
                     stop = tl.minimum(low + BLOCK_N, end)
-                    s = _logits(q, key, head, low, stop, L, scale, BLOCK_N, HEAD_DIM, BLOCK_D, TMA, PRECISION)
-                    w = tl.exp2(s - base[:, None])
-                    total += tl.sum(w, 1)
-                    v = load_rows(value, head, stop - BLOCK_N, L, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
-                    rounded = w.to(v.dtype)
-                    weight += tl.sum(rounded.to(tl.float32), 1)
-                    moved = tl.dot(rounded, v, moved, input_precision=PRECISION)
-            moved -= weight[:, None] * vc[None, :]
+                    size = stop - low
+                    s = _logits(q, key, head, stop, size, L, BLOCK_N, HEAD_DIM, BLOCK_D, TMA, PRECISION)
+                    w = tl.exp2(s * scale - base[:, None])
+                    moved = _moved(
+                        w, mean, value, head, stop, size, L, moved, BLOCK_N, HEAD_DIM, BLOCK_D, TMA, PRECISION
+                    )
             lost = tl.sum(moved * moved, 1)
         else:
-            lost = tl.zeros([BLOCK_M], tl.float32)
-            middle = tl.load(center + place, mask=live, other=0.0) * LOG2_E
-            ebar = tl.exp2(middle - base)
-            size = tl.sum(vc * vc, 0)
-            for low in range(first, end, BLOCK_N):
-                stop = tl.minimum(low + BLOCK_N, end)
-                inside = tl.arange(0, BLOCK_N) >= BLOCK_N - (stop - low)
-                s = _logits(q, key, head, low, stop, L, scale, BLOCK_N, HEAD_DIM, BLOCK_D, TMA, PRECISION)
-                w = tl.exp2(s - base[:, None])
-                total += tl.sum(w, 1)
-                v = load_rows(value, head, stop - BLOCK_N, L, BLOCK_N, HEAD_DIM, BLOCK_D, TMA).to(tl.float32)
-                v = tl.where(inside[:, None], v - vc[None, :], 0.0)
-                spread, across = tl.sum(v * v, 1), tl.sum(v * vc[None, :], 1)
-                off = tl.where(inside[None, :], w - ebar[:, None], 0.0)
-                terms = w * w * spread[None, :] + 2 * w * off * across[None, :] + off * off * size
-                lost += tl.sum(terms, 1)
-            tl.store(tops + place, top * LN_2, mask=live)
-        tl.store(lse + place, (top + tl.log2(total)) * LN_2, mask=live)
-        tl.store(error + place, (2 * top + tl.log2(tl.where(lost < 0, 0.0, lost))) * LN_2, mask=live)
+            ebar = tl.exp2(center - base)
+            vc = tl.load(value_centroids + (head64 * Ck + j) * HEAD_DIM + columns, mask=wide, other=0.0)
+            vc = vc.to(tl.float32)
+            mean_norm = tl.sum(vc * vc, 0)
+            if ONE_TILE:
+                lost = _lost(w, ebar, value, head, end, n, L, mean_norm, BLOCK_N)
+            else:
+                lost = tl.zeros([BLOCK_M], tl.float32)
+                for low in range(first, end, BLOCK_N):
+                    stop = tl.minimum(low + BLOCK_N, end)
+                    size = stop - low
+                    s = _logits(q, key, head, stop, size, L, BLOCK_N, HEAD_DIM, BLOCK_D, TMA, PRECISION)
+                    w = tl.exp2(s * scale - base[:, None])
+                    lost += _lost(w, ebar, value, head, stop, size, L, mean_norm, BLOCK_N)
+            lost = tl.where(lost < 0, 0.0, lost)
+        lse = top + tl.log2(total)
+        above = tl.maximum(run_top, lse if OUTPUT_ERROR else top)
+        run_total = run_total * tl.exp2(run_top - _base(above)) + tl.exp2(lse - _base(above))
+        run_top = above
+        more = lse - tl.log2(count) - center
+        # An infinite key may leave logits that are in order, but not the centroid of its block.
+        known = tl.abs(more) < float("inf")
+        fault = tl.where(known, 2 * top + tl.log2(lost) - tl.log2(count), float("nan"))
+        more = tl.where(more < 0, 0.0, more)
+        tl.store(error + i, tl.where(n > 0, fault * LN_2, float("-inf")), mask=live)
+        tl.store(gap + i, tl.where(n > 0, more * LN_2, float("-inf")), mask=live)
+        if WITH_MASS:
+            weight = (center + tl.log2(count)) * LN_2
+            tl.store(mass + start + i, tl.where(n > 0, weight, float("-inf")), mask=live)
+            mass += row_stride
+        error += row_stride
+        gap += row_stride
         # Offsets are loaded one block before they are used: nothing waits for them.
         first = tl.load(offsets + tl.minimum(j + 1, Ck))
         end = tl.load(offsets + tl.minimum(j + 2, Ck))
+    if OUTPUT_ERROR:
+        run_top += tl.log2(run_total)
+    runs = tl.num_programs(1)
+    tl.store(parts + (head64 * runs + tl.program_id(1)) * Cq + i, run_top * LN_2, mask=live)
+
+
+@triton.jit
+def spread_kernel(
+    value, key_offsets, value_centroids, norms, L, Ck,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """|v_t - vc_j|^2 and <v_t - vc_j, vc_j> of every token, one after the other: norms [B,H,L,2] float32."""
+    head = tl.program_id(1).to(tl.int64)
+    block = tl.program_id(0)
+    columns = tl.arange(0, BLOCK_D)
+    wide = columns < HEAD_DIM
+    vc = tl.load(value_centroids + (head * Ck + block) * HEAD_DIM + columns, mask=wide, other=0.0)
+    vc = vc.to(tl.float32)
+    offsets = key_offsets + head * (Ck + 1) + block
+    end = tl.load(offsets + 1)
+    for at in range(tl.load(offsets), end, ROWS):
+        slots = at + tl.arange(0, ROWS)
+        where = value + (head * L + slots)[:, None] * HEAD_DIM + columns[None, :]
+        v = tl.load(where, mask=(slots < end)[:, None] & wide[None, :], other=0.0).to(tl.float32)
+        v -= vc[None, :]
+        out = norms + (head * L + slots) * 2
+        tl.store(out, tl.sum(v * v, 1), mask=slots < end)
+        tl.store(out + 1, tl.sum(v * vc[None, :], 1), mask=slots < end)
 
 
 def probe(
@@ -137,44 +253,59 @@ def probe(
     scale: float,
     routing: str,
     largest_block: int | None = None,
+    with_mass: bool = True,
     config: Config | None = None,
-) -> Scores:
+) -> RowScores:
     """Scores of all blocks, as kernels/probe.py's function of this name."""
     if routing not in ("output_error", "svg_ear"):
         raise ValueError(f"unknown routing {routing!r}")
+    if scale <= 0:
+        raise ValueError(f"the scale of the logits must be positive, not {scale}")
     B, H, L, D = key.shape
     Cq, Ck = query_centroids.shape[2], key_centroids.shape[2]
-    rounded = query_centroids.to(key.dtype).contiguous()
-    # In float32 the products of the rounded centroids are exact: what is left is the order of the sums.
-    center = scale * (rounded.float() @ key_centroids.to(key.dtype).float().mT)
-    error, lse = torch.empty_like(center), torch.empty_like(center)
     output_error = routing == "output_error"
-    tops = error if output_error else torch.empty_like(center)
     one_tile = largest_block is not None and largest_block <= BLOCK_N
     c = config or probe_config_for(capability(key.device), D, key.dtype)
-    options = meta(c, D, key.dtype, one_tile, output_error)
-    keys = [key, value]
+    options = meta(c, D, key.dtype, one_tile, output_error, with_mass)
+    runs, lines = triton.cdiv(Ck, options["BLOCKS"]), triton.cdiv(Cq, 32) * 32
+
+    def scores() -> Tensor:
+        return key.new_empty((B, H, Ck, lines), dtype=torch.float32)
+
+    error, gap, mass = scores(), scores(), scores() if with_mass else None
+    parts = key.new_empty((B, H, runs, Cq), dtype=torch.float32)
+    queries, keys, values = (x.to(key.dtype) for x in (query_centroids, key_centroids, value_centroids))
+    second = value
+    if not output_error:
+        second = key.new_empty((B, H, L, 2), dtype=torch.float32)
+        spread_kernel[(Ck, B * H)](value, key_offsets, values, second, L, Ck, **spread_meta(D))
+    tiles = [key, second]
     if options["TMA"]:
-        keys = [descriptor(x, BLOCK_N, options["BLOCK_D"]) for x in keys]
-    grid = (triton.cdiv(Cq, options["BLOCK_M"]), triton.cdiv(Ck, options["BLOCKS"]), B * H)
-    probe_kernel[grid](
-        rounded, *keys, key_offsets, value_centroids.contiguous(), center, lse, error, tops, scale, L, Cq, Ck,
+        tiles[0] = descriptor(key, BLOCK_N, options["BLOCK_D"])
+        if output_error:
+            tiles[1] = descriptor(value, BLOCK_N, options["BLOCK_D"])
+    probe_kernel[(triton.cdiv(Cq, options["BLOCK_M"]), runs, B * H)](
+        queries, *tiles, key_offsets, keys, values, error, gap, mass, parts, scale, L, Cq, Ck, lines,
         **options,
     )  # fmt: skip
-    row = lse.logsumexp(-1, keepdim=True) if output_error else tops.amax(-1, keepdim=True)
-    sizes = key_offsets.diff(dim=-1)[:, :, None]
-    count = sizes.log()
-    mass = center.add_(count)
-    gap = lse.sub_(mass).clamp_(min=0)
-    error.sub_(2 * row).sub_(count).masked_fill_(~gap.isfinite(), torch.nan)
-    return Scores(*(x.masked_fill_(sizes == 0, -torch.inf) for x in (error, mass, gap)))
+    error, gap, mass = (None if x is None else x[..., :Cq].mT for x in (error, gap, mass))
+    return RowScores(error, mass, gap, parts)
 
 
-def meta(c: Config, head_dim: int, dtype: torch.dtype, one_tile: bool, output_error: bool) -> dict[str, Any]:
+def meta(
+    c: Config, head_dim: int, dtype: torch.dtype, one_tile: bool, output_error: bool, with_mass: bool
+) -> dict[str, Any]:
     """The kernel's compile-time constants and launch options."""
     return {
         "HEAD_DIM": head_dim, "BLOCK_D": max(16, triton.next_power_of_2(head_dim)), "BLOCK_M": c.block_m,
         "BLOCK_N": BLOCK_N, "BLOCKS": BLOCKS_PER_PROGRAM, "ONE_TILE": one_tile, "OUTPUT_ERROR": output_error,
-        "TMA": c.tma, "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
+        "WITH_MASS": with_mass, "TMA": c.tma, "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
         "num_warps": c.num_warps, "num_stages": c.num_stages, "enable_fp_fusion": True,
+    }  # fmt: skip
+
+
+def spread_meta(head_dim: int) -> dict[str, Any]:
+    return {
+        "HEAD_DIM": head_dim, "BLOCK_D": max(16, triton.next_power_of_2(head_dim)), "ROWS": 64,
+        "num_warps": 4, "num_stages": 1, "enable_fp_fusion": True,
     }  # fmt: skip

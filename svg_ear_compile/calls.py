@@ -68,10 +68,13 @@ class SparseCallable:
         self.compiled, self.plan, self.settings, self.record = compiled, plan, settings, record
         self._threads = threading.local()
         self._warned: set[str] = set()
+        self._fixed: dict[Any, Any] = {}
         self._names = {site.site: site.module_path for site in record.sites}
 
     def __call__(self, *args: Any) -> Any:
-        call = context.Call(strict=self.settings.strict, warned=self._warned, names=self._names)
+        call = context.Call(
+            strict=self.settings.strict, warned=self._warned, names=self._names, fixed=self._fixed
+        )
         kept: list[tuple[int, Layer, Any]] = []
         try:
             kept = self._prepare(call, args)

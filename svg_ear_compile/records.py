@@ -98,9 +98,10 @@ class GraphRecord:
         exact = executed = 0.0
         pairs = 0
         for sums in self.totals.values():
-            if site in sums and sums[site].exact is not None:
-                exact += float(sums[site].exact)  # type: ignore[arg-type]
-                executed += float(sums[site].executed)  # type: ignore[arg-type]
+            areas = sums[site].areas if site in sums else None
+            if areas is not None:
+                more = areas.tolist()
+                exact, executed = exact + more[0], executed + more[1]
                 pairs += sums[site].pairs
         return exact, executed, pairs
 

@@ -63,8 +63,8 @@ def test_run_time_counts() -> None:
     for index in (0, 1):
         record.sparse[index] = 3
         record.dense[index]["warm-up steps"] = 1
-    record.totals_on("cpu")[0] = SiteTotals(torch.tensor(300.0), torch.tensor(330.0), 1200)
-    record.totals_on("cpu")[1] = SiteTotals(torch.tensor(300.0), torch.tensor(330.0), 1200)
+    record.totals_on("cpu")[0] = SiteTotals(torch.tensor([300, 330]), 1200)
+    record.totals_on("cpu")[1] = SiteTotals(torch.tensor([300, 330]), 1200)
     record.fallbacks["fallback: ValueError"] += 1
     record.clock, record.steps = (
         "the clock reads the timestep",

@@ -43,6 +43,7 @@ else:
         triton_attention,
         triton_permute,
         triton_probe,
+        triton_route,
     )
     from svg_ear_compile.kernels.plan import Plan
     from svg_ear_compile.kernels.triton_configs import Config
@@ -211,10 +212,13 @@ if INTERPRETED:
         valid = torch.ones(2, 150, dtype=torch.bool)
         valid[1, 40:] = False
         plan = random_plan(query, key, value, equal=equal, valid=valid, num_text=20)
-        gathered, means = triton_permute.gather_with_means(key, plan.key_order, plan.key_offsets)
-        expected, expected_means = permute.gather_with_means(key, plan.key_order, plan.key_offsets, True)
-        torch.testing.assert_close(gathered, expected, atol=0, rtol=0, equal_nan=True)
-        torch.testing.assert_close(means, expected_means, equal_nan=True)
+        value = value.contiguous()  # strides of its own
+        arguments = (key, value, plan.key_order, plan.key_offsets)
+        got, expected = (f.gather_with_means(*arguments, True) for f in (triton_permute, permute))
+        for x, y in zip(got[:2], expected[:2], strict=True):
+            torch.testing.assert_close(x, y, atol=0, rtol=0, equal_nan=True)
+        for x, y in zip(got[2:], expected[2:], strict=True):
+            torch.testing.assert_close(x, y, equal_nan=True)
         means = triton_permute.gathered_means(query, plan.query_order, plan.query_offsets)
         expected_means = permute.gathered_means(query, plan.query_order, plan.query_offsets)
         torch.testing.assert_close(means, expected_means)
@@ -231,7 +235,8 @@ if INTERPRETED:
             centroids, plan.key, plan.value, plan.key_offsets, plan.key_centroids, plan.value_centroids,
             SCALE, routing, 64 if equal else None,
         )  # fmt: skip
-        expected, actual = probe.probe(*arguments), triton_probe.probe(*arguments)
+        expected, rows = probe.probe(*arguments), triton_probe.probe(*arguments)
+        actual = triton_route.finished(rows, plan.key_offsets, routing)
         torch.testing.assert_close(actual.mass, expected.mass)
         torch.testing.assert_close(actual.gap, expected.gap, atol=1e-5, rtol=1e-5)
         # A block of one token, or one that all queries weigh alike, has no error but rounding.

@@ -16,7 +16,12 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from svg_ear_compile.kernels import triton_attention, triton_permute, triton_probe  # noqa: E402
+from svg_ear_compile.kernels import (  # noqa: E402
+    triton_attention,
+    triton_permute,
+    triton_probe,
+    triton_route,
+)
 from svg_ear_compile.kernels.triton_configs import config_for, hopper_for, probe_config_for  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -29,16 +34,21 @@ EVERYTHING = os.environ.get("SVG_EAR_TEST_ALL_CONFIGS") == "1"
 KILOBYTES = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
 STREAMS = {"attend": (True, True), "sparse_exact": (True, False), "centroid_compensation": (False, True)}
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-OF_THE_INPUT = ("query", "exact", "out", "query_centroids", "x")
+OF_THE_INPUT = ("query", "exact", "out", "query_centroids", "key_centroids", "value_centroids")
+OF_THE_INPUT += ("value", "x", "y", "x_out", "y_out", "x_means", "y_means")
 KEYS = {"key": "BLOCK_N", "value": "BLOCK_N", "key_centroids": "BLOCK_C", "value_centroids": "BLOCK_C"}
-FLOATS = ("bias", "lse", "center", "error", "tops", "means")
+FLOATS = ("bias", "lse", "error", "gap", "mass", "parts", "norms", "shift")
 LAUNCH = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
-NUMBERS = ("H", "L", "C", "Cq", "Ck", "tiles")
+OTHERS = {"density": "*fp64", "state": "*i64", "ties": "*i64", "areas": "*i64", "kept": "*i1"}
+NUMBERS = ("H", "L", "C", "Cq", "Ck", "tiles", "runs", "video_queries", "video_keys")
 
 
-def compiled(kernel, capability, dtype, options, source=None, box=None):
-    """The kernel as its launch would compile it, for tensors aligned to 16 bytes. Gluon has a source class of
-    its own, and box is the layout of what TMA loads."""
+def compiled(kernel, capability, dtype, options, types=None, absent=(), source=None, box=None):
+    """The kernel as its launch would compile it, for tensors aligned to 16 bytes and uneven strides.
+
+    types: of arguments that are not what their names usually are. absent: arguments that are None. Gluon has
+    a source class of its own, and box is the layout of what TMA loads.
+    """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -48,6 +58,10 @@ def compiled(kernel, capability, dtype, options, source=None, box=None):
     for i, name in enumerate(kernel.arg_names):
         if name in options:
             signature[name], constants[(i,)] = "constexpr", options[name]
+        elif name in absent:
+            signature[name], constants[(i,)] = "constexpr", None
+        elif name in {**OTHERS, **(types or {})}:
+            signature[name] = {**OTHERS, **(types or {})}[name]
         elif name in KEYS and KEYS[name] in options:
             tile = f"tensordesc<{element}[1, {options[KEYS[name]]}, {options['BLOCK_D']}]>"
             signature[name] = tile if options["TMA"] else f"*{element}"
@@ -57,7 +71,7 @@ def compiled(kernel, capability, dtype, options, source=None, box=None):
             signature[name] = f"*{element}"
         elif name == "scale":
             signature[name] = "fp32"
-        elif name in FLOATS or name in KEYS:
+        elif name in FLOATS:
             signature[name] = "*fp32"
         else:
             signature[name] = "i32" if "stride" in name or name in NUMBERS else "*i32"
@@ -121,17 +135,22 @@ def test_probe(tmp_path, capability, routing, one_tile):
     for head_dim in (16, 64, 96, 128, 192, 256) if EVERYTHING else (128,):
         for dtype in NAMES if EVERYTHING else (torch.bfloat16,):
             c = probe_config_for(capability, head_dim, dtype)
-            options = triton_probe.meta(c, head_dim, dtype, one_tile, routing == "output_error")
-            check(
-                compiled(triton_probe.probe_kernel, capability, dtype, options), tmp_path, capability, dtype
-            )
+            by_token = routing == "svg_ear"
+            options = triton_probe.meta(c, head_dim, dtype, one_tile, not by_token, by_token)
+            types, absent = ({"value": "*fp32"}, ()) if by_token else (None, ("mass",))
+            kernel = compiled(triton_probe.probe_kernel, capability, dtype, options, types, absent)
+            check(kernel, tmp_path, capability, dtype)
+            if by_token:
+                options = triton_probe.spread_meta(head_dim)
+                kernel = compiled(triton_probe.spread_kernel, capability, dtype, options)
+                check(kernel, tmp_path, capability, dtype)
 
 
 @pytest.mark.parametrize("capability", KILOBYTES, ids=str)
 def test_gather(tmp_path, capability):
-    for store in (True, False):
-        options = triton_permute.meta(128, store)
-        kernel = compiled(triton_permute.gather_kernel, capability, torch.bfloat16, options)
+    for pair in (True, False):
+        options, absent = triton_permute.meta(128, pair), () if pair else ("y", "x_out", "y_out", "y_means")
+        kernel = compiled(triton_permute.gather_kernel, capability, torch.bfloat16, options, None, absent)
         check(kernel, tmp_path, capability, torch.bfloat16)
 
 
@@ -145,7 +164,7 @@ def test_hopper(tmp_path, head_dim, dtype):
 
     options = triton_hopper.meta(head_dim)
     box = triton_hopper.BOX
-    kernel = compiled(triton_hopper.attention_kernel, (9, 0), dtype, options, GluonASTSource, box)
+    kernel = compiled(triton_hopper.attention_kernel, (9, 0), dtype, options, source=GluonASTSource, box=box)
     check(kernel, tmp_path, (9, 0), dtype, stack=8)  # one register per thread, outside of the loops
     assert "wgmma.mma_async" in kernel.asm["ptx"]
     assert "cp.async.bulk.tensor" in kernel.asm["ptx"]
@@ -162,6 +181,18 @@ def test_which_calls_go_to_the_kernel_for_hopper():
     assert not hopper_for((9, 0), query[:, :96], variable=False)
     for other in ((0, 0), (8, 0), (10, 0), (12, 0)):
         assert not hopper_for(other, query, variable=False)
+
+
+@pytest.mark.parametrize("capability", KILOBYTES, ids=str)
+def test_routing(tmp_path, capability):
+    kernels = [(triton_route.shift_kernel, triton_route.shift_meta(True), ())]
+    kernels += [(triton_route.digits_kernel, triton_route.digits_meta(number), ()) for number in range(5)]
+    kernels += [
+        (triton_route.lists_kernel, triton_route.lists_meta(True, True, True), ("kept",)),
+        (triton_route.lists_kernel, triton_route.lists_meta(False, True, False), ("shift", "state", "ties")),
+    ]
+    for kernel, options, absent in kernels:
+        check(compiled(kernel, capability, torch.bfloat16, options, None, absent), tmp_path, capability, None)
 
 
 def test_hopper_uses_its_own_instructions():

@@ -1,0 +1,76 @@
+"""Routing without a sort equals routing with one, under Triton's interpreter (see test_triton.py)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+
+    def test_under_the_interpreter():
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        folder = Path(__file__).parents[2]
+        run = subprocess.run(
+            command, env=environment, capture_output=True, text=True, cwd=folder, check=False
+        )
+        assert run.returncode == 0, run.stdout + run.stderr
+
+else:
+    sys.path.append(str(Path(__file__).parent))
+    from routing import case, check
+
+    from svg_ear_compile.kernels import route, triton_route
+    from svg_ear_compile.kernels.triton_probe import RowScores
+
+    @pytest.mark.parametrize("errors", ["random", "ties", "equal", "zeros", "bad"])
+    @pytest.mark.parametrize("equal", [True, False], ids=["tiles", "clusters"])
+    def test_one_budget(equal, errors):
+        for masked, density in ((False, 0.3), (True, 0.55)):
+            check(case(equal=equal, errors=errors, masked=masked), "output_error", density)
+
+    @pytest.mark.parametrize("density", [0.0, 0.004, 0.1, 0.97, 1.0])
+    def test_densities(density):
+        check(case((1, 2, 5, 9), (0, 0)), "output_error", density)
+
+    def test_more_blocks_than_one_program_takes():
+        check(case((1, 2, 40, 140), (1, 3), errors="ties"), "output_error", 0.4)
+
+    def test_nothing_but_text_and_no_key_at_all():
+        check(case((1, 1, 2, 2), (1, 1)), "output_error", 0.5)
+        empty = case((1, 1, 3, 4), (0, 0))
+        nothing = empty._replace(key_offsets=torch.zeros_like(empty.key_offsets))
+        check(nothing, "output_error", 0.5)
+
+    @pytest.mark.parametrize(
+        ("routing", "density"), [("svg_ear", 0.3), ("svg_ear", None), ("output_error", None)]
+    )
+    def test_lists_of_what_is_chosen_elsewhere(routing, density):
+        check(case(masked=True, errors="bad"), routing, density)
+        check(case(equal=False), routing, density, compensate=False)
+
+    @pytest.mark.parametrize("routing", ["output_error", "svg_ear"])
+    def test_rows_are_brought_to_one_scale(routing):
+        of = case((1, 2, 9, 12), (1, 2))
+        g = torch.Generator().manual_seed(1)
+        parts = 5 * torch.randn(1, 2, 3, 9, generator=g)
+        parts[0, 0, 1, 2] = -torch.inf
+        if routing == "output_error":
+            parts[0, 1, 1, 3] = torch.nan
+        rows = RowScores(*of.scores, parts)
+        shift = triton_route.shift_of(rows, routing)
+        expected = 2 * (parts.logsumexp(2) if routing == "output_error" else parts.amax(2))
+        torch.testing.assert_close(shift, expected, equal_nan=True)
+        finished = triton_route.finished(rows, of.key_offsets, routing)
+        torch.testing.assert_close(finished.error, of.scores.error - expected[..., None], equal_nan=True)
+        got = triton_route.select(rows, *of[1:], routing, 0.3, True)
+        want = route.select(finished, *of[1:], routing, 0.3, True)
+        assert torch.equal(got.kept_count, want.kept_count)
+        assert torch.equal(got.areas, want.areas)
