@@ -18,7 +18,7 @@ from tabulate import tabulate
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from svg_ear_compile.kernels import probe, route, triton_attention, triton_permute, triton_probe
+from svg_ear_compile.kernels import probe, triton_attention, triton_permute, triton_probe, triton_route
 from svg_ear_compile.kernels.plan import KEY_BLOCK, QUERY_BLOCK, Plan
 from svg_ear_compile.kernels.triton_configs import Config
 
@@ -173,7 +173,7 @@ def other_stages(query: Tensor, key: Tensor, value: Tensor, arguments: argparse.
         plan = made_up_plan(key.contiguous(), value.contiguous(), arguments.density, clusters)
         name = "clusters" if clusters else "equal"
         shuffled = torch.rand(plan.query_order.shape, device=key.device).argsort(-1).int()
-        both = lambda: triton_permute.gather_with_means(key, shuffled, plan.key_offsets)  # noqa: B023, E731
+        both = lambda: triton_permute.gather_with_means(key, value, shuffled, plan.key_offsets)  # noqa: B023, E731
         records.append({"blocks": name, "stage": "gather and means", "ms": milliseconds(both, repeats)})
         means = lambda: triton_permute.gathered_means(query, shuffled, plan.query_offsets)  # noqa: B023, E731
         records.append({"blocks": name, "stage": "means alone", "ms": milliseconds(means, repeats)})
@@ -183,7 +183,7 @@ def other_stages(query: Tensor, key: Tensor, value: Tensor, arguments: argparse.
         for routing in ("output_error", "svg_ear"):
             for c in PROBE:
                 most = None if clusters else KEY_BLOCK
-                call = lambda: triton_probe.probe(*inputs, routing, most, c)  # noqa: B023, E731
+                call = lambda: triton_probe.probe(*inputs, routing, most, routing == "svg_ear", c)  # noqa: B023, E731
                 record = {"blocks": name, "stage": f"probe {routing}", "ms": None, **c._asdict()}
                 try:
                     record["ms"] = milliseconds(call, repeats)
@@ -207,19 +207,17 @@ def _kept_keys(plan: Plan) -> Tensor:
     return (sizes.gather(-1, plan.kept_blocks.long().clamp(min=0)) * listed).sum(-1)
 
 
-_scores: list[probe.Scores] = []
+_scores: list[triton_probe.RowScores] = []
 
 
 def _route(plan: Plan, inputs: tuple, density: float) -> None:
     """Routing with made-up scores: choosing blocks, biases and lists."""
     if not _scores:
-        _scores.append(triton_probe.probe(*inputs, "output_error", KEY_BLOCK))
-    sizes = (plan.query_offsets.diff(dim=-1), plan.key_offsets.diff(dim=-1))
+        _scores.append(triton_probe.probe(*inputs, "output_error", KEY_BLOCK, with_mass=False))
     counts = plan.bias.shape[-2:]
-    kept = route.route(_scores[0], *sizes, *counts, "output_error", density)
-    route.centroid_bias(_scores[0], kept, sizes[1], "output_error", True)
-    route.kept_lists(kept)
-    route.areas(kept, *sizes)
+    triton_route.select(
+        _scores[0], plan.query_offsets, plan.key_offsets, counts, "output_error", density, True
+    )
 
 
 if __name__ == "__main__":

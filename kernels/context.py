@@ -52,7 +52,8 @@ class Call:
     equally many; else None. All of them: the mask is dropped.
     counters: fallbacks by reason. totals: areas per site. warned: kinds of errors already warned about.
     names: module paths of sites. strict: raise instead of running dense after an error.
-    carried, fixed, counters, totals, warned and names may be shared by many calls; the rest is this call's own.
+    carried, fixed, counters, totals, warned and names may be shared by many calls; the rest is this
+    call's own.
     """
 
     dense: dict[int, str] = field(default_factory=dict)

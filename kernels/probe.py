@@ -83,8 +83,8 @@ def probe(
 
     query_centroids [B,H,Cq,D], key_centroids, value_centroids [B,H,Ck,D] float32; key, value [B,H,L,D] in
     block order, key_offsets [B,H,Ck+1]. Slots from key_offsets[..., -1] on belong to no block.
-    largest_block: no key block holds more tokens (equal tiles); None when that is not known. with_mass: whether the
-    routing will ask for the mass; makes no difference here.
+    largest_block: no key block holds more tokens (equal tiles); None when that is not known. with_mass:
+    whether the routing will ask for the mass; makes no difference here.
     """
     if routing not in ("output_error", "svg_ear"):
         raise ValueError(f"unknown routing {routing!r}")

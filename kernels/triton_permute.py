@@ -3,11 +3,11 @@
     out[b,h,slot] = x[b,h,order[b,h,slot]], zero from offsets[b,h,-1] on
     means[b,h,j]  = mean of the rows of block j, 0 for an empty one
 
-x [B,H,L,D] of any strides with D contiguous; order [B,H,L], offsets [B,H,C+1] int32; out [B,H,L,D] contiguous;
-means [B,H,C,D] of x's dtype, rounded once. One program a block (and one for the slots behind the last), rows
-in tiles of 64; float32 sums in a fixed order, no atomics: the same bits every time; NaN stays in its block.
-Programs of all heads of a block follow each other: together they read whole tokens, as they lie in memory.
-Bound by memory: one read and one write. Equals permute.gather and permute.block_means.
+x [B,H,L,D] of any strides with D contiguous; order [B,H,L], offsets [B,H,C+1] int32; out [B,H,L,D]
+contiguous; means [B,H,C,D] of x's dtype, rounded once. One program a block (and one for the slots behind the
+last), rows in tiles of 64; float32 sums in a fixed order, no atomics: the same bits every time; NaN stays in
+its block. Programs of all heads of a block follow each other: together they read whole tokens, as they
+lie in memory. Bound by memory: one read and one write. Equals permute.gather and permute.block_means.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def gather_kernel(
 def gather_with_means(
     key: Tensor, value: Tensor, order: Tensor, offsets: Tensor, masked: bool = True
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(key, value) in block order [B,H,L,D] contiguous, then their block means; masked makes no difference."""
+    """(key, value) in block order [B,H,L,D] contiguous, then their block means; masked changes nothing."""
     out = key.new_empty(key.shape), value.new_empty(value.shape)
     return (*out, *_launch((key, value), order, offsets, out))
 

@@ -8,13 +8,13 @@ does not fit is found digit by digit:
     four times, 8 bits at a time: area[d] = sum of |Q_i| n_j over blocks with the digits found so far, then d
         the next digit is the least d with (area of larger keys) + sum_{e > d} area[e] <= budget
 
-Then everything above the key is kept, and of the blocks that equal it as many as fit, in order of their index;
-`ties` knows their areas row by row. Areas are summed as integers, so atomic additions in any order give the
+Then everything above the key is kept, and of the blocks that equal it as many as fit, in their order; `ties`
+knows their areas row by row. Areas are summed as integers, so atomic additions in any order give the
 same bits. The rules for text, empty blocks and errors that are NaN are route.py's, whose choice is equaled in
 every bit for the same scores. All other budgets are route.py's; what it keeps only gets its lists here.
 
-error and gap [B,H,Cq,Ck] float32 of any strides, alike (triton_probe.py lays them as [B,H,Ck,Cq]); all outputs
-contiguous. Nothing is read back.
+error and gap [B,H,Cq,Ck] float32 of any strides, alike (triton_probe.py lays them as [B,H,Ck,Cq]); outputs
+are contiguous. Nothing is read back.
 """
 
 from __future__ import annotations
@@ -145,9 +145,7 @@ def digits_kernel(
             usual = there & (area == FULL)
             flat: tl.constexpr = ROWS * COLUMNS
             found += tl.histogram(tl.reshape(digit, [flat]), DIGITS, mask=tl.reshape(usual, [flat]))
-            tl.atomic_add(
-                state + PASS * DIGITS + digit, area, mask=there & (area != FULL), sem="relaxed"
-            )
+            tl.atomic_add(state + PASS * DIGITS + digit, area, mask=there & (area != FULL), sem="relaxed")
     if PASS == PASSES:
         tl.store(ties + row * Cq + i, tied, mask=i < Cq)
     else:

@@ -1,4 +1,4 @@
-"""The op on a GPU: same bits every time, no waiting for the device, CUDA graphs, memory, bad numbers."""
+"""The whole op on a GPU: same bits every time, no waiting for the device, CUDA graphs, memory, NaN."""
 
 from __future__ import annotations
 

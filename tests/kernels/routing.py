@@ -32,7 +32,7 @@ def case(
     """equal: tiles of 128 queries and 64 keys, the last of video and of text ragged; otherwise any sizes.
 
     masked: keys of a few blocks are gone, and so are the queries of one. errors: "random"; "ties" of few
-    values; "equal", all of them; "zeros" of either sign; "bad": NaN blocks, a NaN row, a NaN head, infinities.
+    values; "equal", all of them; "zeros" of either sign; "bad": NaN blocks, rows and heads, infinities.
     """
     B, H, Cq, Ck = blocks
     g = torch.Generator(device).manual_seed(seed)
