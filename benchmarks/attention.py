@@ -8,7 +8,8 @@ without a mask; where the model has one, dense with it is timed too, and ours ge
 cluster structure (smooth low-rank fields over the frame grid, plus noise), rotating inputs, CUDA events,
 medians. The stages are the kernel times of one profiled call; "limit" is density x dense time plus one read
 of query, key and value, and "flex lists" flex_attention over the same block lists, which drops the skipped
-blocks (video-only shapes, where its blocks and ours are the same).
+blocks (video-only shapes, where its blocks and ours are the same). "extra GB" is the peak beyond query, key,
+value and the output.
 
 A speed-up is withheld ("check failed") where the output misses the joint softmax of the very plan that the
 call used, on sampled queries ("to plan"). "error": relative difference from dense attention, also sampled.
@@ -196,7 +197,7 @@ def measure(
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     total = milliseconds(whole, repeats)
-    memory = torch.cuda.max_memory_allocated() - before
+    memory = torch.cuda.max_memory_allocated() - before - out.nbytes
     stages = stage_times(whole)
     exact, executed = (x / totals.pairs for x in totals.areas.tolist())
     flops = 4 * shape.heads * shape.length**2 * shape.head_dim

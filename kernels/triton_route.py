@@ -304,8 +304,9 @@ def digits_meta(number: int) -> dict[str, Any]:
 
 def lists_meta(choose: bool, compensate: bool, with_gap: bool) -> dict[str, Any]:
     """lists_kernel's."""
+    # Whole lines of 32 query blocks; twice as many columns would spill.
     return {
         "CHOOSE": choose, "COMPENSATE": compensate, "WITH_GAP": with_gap, "ROWS": 32,
-        "COLUMNS": 128, "QUERY_TILE": QUERY_BLOCK, "KEY_TILE": KEY_BLOCK, "DIGITS": _DIGITS,
+        "COLUMNS": 64, "QUERY_TILE": QUERY_BLOCK, "KEY_TILE": KEY_BLOCK, "DIGITS": _DIGITS,
         "PASSES": _PASSES, "STATE": _STATE, "num_warps": 8,
     }  # fmt: skip
