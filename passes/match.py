@@ -79,7 +79,7 @@ def match(graph: fx.Graph) -> Matches:
         elif written := by_hand(node) or plain_flex(node):
             calls.append(_written_call(node, written))
         elif is_attention_like(node):
-            others.append(_named("attention written by hand", node))
+            others.append(named("attention written by hand", node))
         elif getattr(node.target, "__name__", "") == "_sdpa_kernel":
             forced = _forced(node)
         elif name := _attention_like(node):
@@ -154,9 +154,10 @@ def _attention_like(node: fx.Node) -> str:
         return ""
     if name == "flex_attention" and any(plain_flex(user) for user in node.users):
         return ""
-    return _named(name, node)
+    return named(name, node)
 
 
-def _named(name: str, node: fx.Node) -> str:
+def named(name: str, node: fx.Node) -> str:
+    """A call that is left as it is, with the module it stands in."""
     stack = module_stack(node)
     return f"{name} in {stack[-1][0]}" if stack and stack[-1][0] else name

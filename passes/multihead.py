@@ -1,11 +1,11 @@
 """How does attention inside of torch.nn.MultiheadAttention come to light? As its parts, in place of one call.
 
-Dynamo keeps F.multi_head_attention_forward as one node. With packed weights, no attention weights wanted and
-no more than a key-padding mask, over one and the same input it is (x is [L,B,E] there)
+Dynamo keeps F.multi_head_attention_forward as one node. With packed weights, nobody using its attention
+weights and no more than a key-padding mask, over one and the same input it is (x is [L,B,E] there)
 
     out = linear(sdpa(*linear(x, W, b) as heads), W_out, b_out)
 
-and then the site is one as any other. Anything else stays the call that it was.
+and then the site is one as any other. Anything else stays the call that it was, and `left_over` says why.
 """
 
 from __future__ import annotations
@@ -21,44 +21,69 @@ from torch import fx
 from svg_ear_compile.kernels import ops
 
 from .axis_moves import op_name
-from .match import SDPA
+from .match import SDPA, named
 from .rewrite import copy_graph
 from .sizes import example, is_tensor
 
 _SIGNATURE = inspect.signature(F.multi_head_attention_forward)
 
 
+# A whole layer in one call: what torch.nn.TransformerEncoderLayer does in eval mode without gradients.
+_FAST_PATHS = {"_transformer_encoder_layer_fwd", "_native_multi_head_attention"}
+_NO_FAST_PATH = "torch.backends.mha.set_fastpath_enabled(False) makes it a call that can be rewritten"
+
+
 def expand(gm: fx.GraphModule) -> fx.GraphModule:
     """gm itself, or where such calls are in its graph, a module whose graph has their parts instead."""
-    if not any(_arguments(node) for node in gm.graph.nodes):
+    if all(_arguments(node) is None or _obstacle(node) for node in gm.graph.nodes):
         return gm
     graph, _ = copy_graph(gm.graph)
     for node in list(graph.nodes):
         arguments = _arguments(node)
-        if arguments is not None:
+        if arguments is not None and not _obstacle(node):
             _replace(graph, node, arguments)
     graph.lint()
     return fx.GraphModule(gm, graph)
 
 
+def left_over(graph: fx.Graph) -> list[str]:
+    """What the report says of such calls that stay."""
+    found = []
+    for node in graph.nodes:
+        obstacle = _NO_FAST_PATH if op_name(node) in _FAST_PATHS else _obstacle(node)
+        if obstacle:
+            found.append(f"{named('multi-head attention in one call', node)}, {obstacle}")
+    return found
+
+
 def _arguments(node: fx.Node) -> dict[str, Any] | None:
-    """All arguments of a call that can be expanded; None for any other node."""
+    """All arguments of such a call; None for any other node."""
     if node.target is not F.multi_head_attention_forward:
         return None
     bound = _SIGNATURE.bind(*node.args, **node.kwargs)
     bound.apply_defaults()
-    a = bound.arguments
+    return bound.arguments
+
+
+def _obstacle(node: fx.Node) -> str:
+    """Why such a call cannot be expanded; '' if it can, and for other nodes."""
+    a = _arguments(node)
+    if a is None:
+        return ""
     x = example(a["query"])
-    absent = ("bias_k", "bias_v", "attn_mask", "static_k", "static_v")
-    is_plain = (
-        a["query"] is a["key"] is a["value"]
-        and isinstance(a["in_proj_weight"], fx.Node)
-        and not (a["need_weights"] or a["is_causal"] or a["add_zero_attn"] or a["use_separate_proj_weight"])
-        and not (a["training"] and a["dropout_p"] > 0)
-        and all(a[name] is None for name in absent)
-        and (a["key_padding_mask"] is None or _ignored(a["key_padding_mask"]) is not None)
-    )
-    return a if is_plain and isinstance(x, torch.Tensor) and x.dim() == 3 else None
+    extra = ("bias_k", "bias_v", "static_k", "static_v")
+    obstacles = {
+        "for it has no packed weights": a["use_separate_proj_weight"] or not is_tensor(a["in_proj_weight"]),
+        "for its keys or values are not its queries": not a["query"] is a["key"] is a["value"],
+        "for its attention weights are used": any(user.args[1:] != (0,) for user in node.users),
+        "for it has an attn_mask": a["attn_mask"] is not None or a["is_causal"],
+        "for its key_padding_mask is not bool": a["key_padding_mask"] is not None
+        and _ignored(a["key_padding_mask"]) is None,
+        "for it adds keys of its own": a["add_zero_attn"] or any(a[name] is not None for name in extra),
+        "for it drops out weights": a["training"] and a["dropout_p"] > 0,
+        "for its input has no batch": x.dim() != 3,
+    }
+    return next((words for words, holds in obstacles.items() if holds), "")
 
 
 def _ignored(mask: fx.Node) -> fx.Node | None:

@@ -60,8 +60,8 @@ def complaint(record: GraphRecord) -> str | None:
     if not record.sites and record.other_attention:
         return (
             "svg_ear found no scaled_dot_product_attention call to rewrite, but "
-            f"{', '.join(record.other_attention)}: the model was set to another attention backend. "
-            "In diffusers, call model.reset_attention_backend()"
+            f"{', '.join(record.other_attention)}. If the model was set to another attention backend: "
+            "in diffusers, call model.reset_attention_backend()"
         )
     missed = [
         site

@@ -26,7 +26,7 @@ from .passes.inputs import mask_arguments, read_inputs
 from .passes.layout import grid_from_rotary
 from .passes.match import Call, match
 from .passes.merge import merge
-from .passes.multihead import expand
+from .passes.multihead import expand, left_over
 from .passes.rewrite import rewrite
 from .passes.site import KeyMask, Reason, Site, Verdict
 from .passes.sources import is_activation
@@ -91,7 +91,7 @@ def _apply_passes(
     try:
         whole = expand(gm)
         found = match(whole.graph)
-        record.other_attention = list(found.others)
+        record.other_attention = [*found.others, *left_over(whole.graph)]
         sites = classify(whole, settings, example_inputs)
         if resolved.switch == "report":
             for site in sites:

@@ -179,23 +179,78 @@ def test_a_graph_with_nothing_rewritten_keeps_its_calls(name: str, monkeypatch: 
     assert targets.count(F.multi_head_attention_forward) == 2
 
 
-@pytest.mark.parametrize(
-    "options", [{"need_weights": True}, {"attn_mask": torch.zeros(40, 40)}, {"is_causal": True}]
-)
+class OneCall(nn.Module):
+    """torch.nn.MultiheadAttention over the tokens of a clip, called in some way."""
+
+    def __init__(self, call: Callable[[Any, Tensor], Tensor], **options: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.patch = nn.Conv3d(3, WIDTH, (1, 2, 2), (1, 2, 2))
+        self.attention = nn.MultiheadAttention(WIDTH, HEADS, **{"batch_first": True, **options})
+        self.fused = nn.TransformerEncoderLayer(WIDTH, HEADS, WIDTH, dropout=0.0, batch_first=True)
+        self.call = call
+
+    def forward(self, clip: Tensor) -> Tensor:
+        return self.call(self, self.patch(clip).flatten(2).mT)
+
+
+def causal(length: int) -> Tensor:
+    return nn.Transformer.generate_square_subsequent_mask(length)
+
+
+LEFT: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, Any]]] = {
+    "for its keys or values are not its queries": (
+        lambda m, x: m.attention(x + 1, x, x, need_weights=False)[0],
+        {},
+    ),
+    "for it has no packed weights": (
+        lambda m, x: m.attention(x, x[..., :8], x[..., :8], need_weights=False)[0],
+        {"kdim": 8, "vdim": 8},
+    ),
+    "for its attention weights are used": (lambda m, x: torch.bmm(*m.attention(x, x, x)[::-1]), {}),
+    "for it has an attn_mask": (
+        lambda m, x: m.attention(x, x, x, attn_mask=causal(495), is_causal=True, need_weights=False)[0],
+        {},
+    ),
+    "for its key_padding_mask is not bool": (
+        lambda m, x: m.attention(x, x, x, key_padding_mask=x[..., 0], need_weights=False)[0],
+        {},
+    ),
+    "for it adds keys of its own": (
+        lambda m, x: m.attention(x, x, x, need_weights=False)[0],
+        {"add_zero_attn": True},
+    ),
+    "for its input has no batch": (lambda m, x: m.attention(*[x[0]] * 3, need_weights=False)[0], {}),
+    "set_fastpath_enabled(False)": (lambda m, x: m.fused(x), {}),
+}
+
+
 @pytest.mark.filterwarnings("ignore:svg_ear rewrote none")
-def test_what_is_more_than_attention_over_itself_is_left_alone(options: dict[str, Any]) -> None:
-    class Other(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.attention = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
-
-        def forward(self, x: Tensor) -> Tensor:
-            settings = {"need_weights": False, **options}
-            if "is_causal" in settings:
-                settings["attn_mask"] = nn.Transformer.generate_square_subsequent_mask(40)
-            return self.attention(x, x, x, **settings)[0]
-
-    other, x = Other().eval(), torch.randn(2, 40, WIDTH)
-    got = compiled(other, {**EAGER, "sites": "*"})(x)
-    torch.testing.assert_close(got, other(x))
+@pytest.mark.parametrize("reason", LEFT)
+def test_what_is_more_than_attention_over_itself_is_left_alone_and_named(reason: str) -> None:
+    call, options = LEFT[reason]
+    other, (clip,) = OneCall(call, **options).eval(), arguments("multihead")
+    got = compiled(other, {**EAGER, "sites": "*"})(clip)
+    torch.testing.assert_close(got, other(clip))
     assert not svg_ear_compile.report().sites
+    text = str(svg_ear_compile.report())
+    assert "multi-head attention in one call in " in text
+    assert reason in text
+
+
+@pytest.mark.parametrize(
+    "call",
+    [lambda m, x: m.attention(x, x, x)[0], lambda m, x: m.fused(x)],
+    ids=["weights that nobody uses", "an encoder layer without its fast path"],
+)
+def test_other_calls_that_are_plain_attention(call: Callable[[Any, Tensor], Tensor]) -> None:
+    (clip,) = arguments("multihead")
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        other = OneCall(call).eval()
+        got = compiled(other, {**EAGER, "density": 1.0})(clip)
+        torch.testing.assert_close(got, other(clip), rtol=1e-4, atol=1e-5)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+    assert calls() == (1, {})
