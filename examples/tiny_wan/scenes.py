@@ -103,11 +103,13 @@ class Scenes:
         self._photos_at: dict[int, Tensor] = {}
 
     def batch(
-        self, count: int, frames: int, height: int, width: int, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
+        self, count: int, frames: int, height: int, width: int, generator: torch.Generator,
+        anywhere: bool = False,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """`count` clips [B, 3, F, H, W] fp32 in [-1, 1] and their captions [B, CAPTION_LENGTH] int64.
 
-        `generator` must live on this object's device; the same seed gives the same clips.
+        `generator` must live on this object's device; the same seed gives the same clips. A clip of
+        fewer than REFERENCE_FRAMES is the middle of a longer one, or, with `anywhere`, a random part of it.
         """
 
         def uniform(low: float, high: float) -> Tensor:
@@ -116,7 +118,11 @@ class Scenes:
         def choice(options: int) -> Tensor:
             return torch.randint(options, (count,), generator=generator, device=self.device)
 
-        time = (torch.arange(frames, device=self.device) - (frames - 1) / 2) / REFERENCE_FRAMES  # [F]
+        time = (torch.arange(frames, device=self.device) - (frames - 1) / 2).expand(count, -1)  # [B, F]
+        if anywhere:
+            room = max(0, REFERENCE_FRAMES - frames) / 2
+            time = time + uniform(-room, room)[:, None]
+        time = time / REFERENCE_FRAMES
         ys = (torch.arange(height, device=self.device) * 2 + 1) / height - 1
         xs = (torch.arange(width, device=self.device) * 2 + 1) / width - 1
         y, x = torch.meshgrid(ys, xs, indexing="ij")  # [H, W] in (-1, 1)
@@ -138,7 +144,9 @@ class Scenes:
             reach, speed = uniform(0, 0.4), uniform(0.7, 1.4)
             around = uniform(0, 2 * math.pi)
             middle = torch.stack([around.cos(), around.sin()], 1) * reach[:, None]  # where it is at time 0
-            centre = middle[:, None] + (speed[:, None] * self.directions[direction])[:, None] * time[:, None]
+            centre = (
+                middle[:, None] + (speed[:, None] * self.directions[direction])[:, None] * time[..., None]
+            )
             sizes = size[:, None] * (1 + growth[:, None] * time)
             angles = angle[:, None] + spin[:, None] * time
             layers.append(self._object(shape, colour, texture, visible, centre, sizes, angles, x, y))
@@ -155,13 +163,14 @@ class Scenes:
         """Windows that slide over the photographs: [B, 3, F, H, W].
 
         background [B] photo; pan [B, 2] unit vector; zoom [B] half width of the window, travel [B] way of its
-        centre in REFERENCE_FRAMES (photo coordinates in [-1, 1]); offset [B, 2] in [-1, 1] where it starts.
+        centre in REFERENCE_FRAMES (photo coordinates in [-1, 1]); offset [B, 2] in [-1, 1] where it is at
+        time 0; time [B, F].
         """
-        count, frames = len(background), len(time)
+        count, frames = time.shape
         height, width = x.shape
         moving = pan.abs() * travel[:, None] / 2  # room that the motion takes, per axis
         centre = offset * (1 - zoom[:, None] - moving)
-        centre = centre[:, None] + (pan * travel[:, None])[:, None] * time[:, None]  # [B, F, 2]
+        centre = centre[:, None] + (pan * travel[:, None])[:, None] * time[..., None]  # [B, F, 2]
         grid = torch.stack([x, y], -1) * zoom[:, None, None, None]  # [B, H, W, 2]
         grid = (grid[:, None] + centre[:, :, None, None]).flatten(0, 1)  # [B * F, H, W, 2]
         photos = self._photos_for(max(height, width))[background]

@@ -1,15 +1,19 @@
-"""Trains the tiny Wan model of `svg-ear demo` by flow matching on procedural scenes, in resumable legs.
+"""Trains one of the tiny models (`models.py`) by flow matching on procedural scenes, in resumable legs.
 
-    python examples/tiny_wan/train.py --minutes 8 --total-minutes 16 --out outputs/tiny_wan
+    python examples/tiny_wan/train.py --model wan --minutes 8 --total-minutes 16
 
 A leg stops by itself after `--minutes` and writes `checkpoint.pt`; the same command then goes on where it
-stopped. Learning rate and curriculum follow the share of `--total-minutes` spent so far, so legs of any
+stopped. Learning rate and clip sizes follow the share of `--total-minutes` spent so far, so legs of any
 length compose. Every leg ends with `samples_*.png`, `log.json` and `export/` (the averaged weights in bf16).
-Without a checkpoint but with `export/` and `log.json`, training goes on from those weights with a fresh
-optimizer.
+Without a checkpoint but with `export/` and `log.json`, a new training of `--total-minutes` starts from those
+weights.
 
-    clip x0 in [-1, 1], noise e ~ N(0, 1), s in (0, 1) logit-normal, shifted towards noise for larger clips
+    clip x0 in [-1, 1], noise e ~ N(0, 1), s in (0, 1)
     x_s = (1 - s) x0 + s e,   model(x_s, 1000 s, caption) ~ e - x0 (mean squared error)
+
+In pixel space the layout of a scene is decided at s > 0.9. So s is logit-normal, moved up by
+`tiny_wan.noise_shift` of the clip's size; one in four is uniform. Single frames and clips of 4 frames teach
+what things look like at the full resolution for a fraction of the cost of 16 frames.
 """
 
 from __future__ import annotations
@@ -28,42 +32,28 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import WanTransformer3DModel
+from models import KINDS, Kind, compile_blocks
 from scenes import Scenes
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from svg_ear_compile.tiny_wan import NULL, TEXT_DIM, embed, load_model, sample, sentence
+from svg_ear_compile.tiny_wan import NULL, noise_shift, sample, sentence
 
 Size = tuple[int, int, int]  # frames, height, width in pixels
 
-MODEL = {
-    "patch_size": (1, 4, 4),
-    "num_attention_heads": 2,
-    "attention_head_dim": 128,
-    "in_channels": 3,
-    "out_channels": 3,
-    "text_dim": TEXT_DIM,
-    "freq_dim": 256,
-    "ffn_dim": 1024,
-    "num_layers": 8,
-    "cross_attn_norm": True,
-    "qk_norm": "rms_norm_across_heads",
-    "rope_max_seq_len": 128,
-}
-PEAK_LR = 1e-3
-WARM_UP_STEPS = 200
+PEAK_LR = 1.5e-3
+WARM_UP_STEPS = 100
 EMA_DECAY = 0.998
 SHARD_BYTES = 16_000_000
+VALIDATED_AT = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)  # noise levels s
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to train when: each size's batch and noise shift, and the sizes up to each share of training."""
+    """What to train when: each size's batch, and the sizes up to each share of the training."""
 
     batch: dict[Size, int]
-    shift: dict[Size, float]
     phases: tuple[tuple[float, dict[Size, float]], ...]  # (until this share, size: probability)
     sample_sizes: tuple[Size, ...]
     sample_steps: int = 30
@@ -73,17 +63,19 @@ class Plan:
         return random.Random(step).choices(list(weights), list(weights.values()))[0]
 
 
-SMALL, MIDDLE, LARGE = (8, 64, 64), (16, 64, 64), (16, 128, 128)
+IMAGE, SHORT, SMALL, LARGE = (1, 128, 128), (4, 128, 128), (16, 64, 64), (16, 128, 128)
 FULL = Plan(
-    batch={SMALL: 128, MIDDLE: 64, LARGE: 8},
-    shift={SMALL: 2.0, MIDDLE: 2.0, LARGE: 3.0},
-    phases=((0.35, {SMALL: 1}), (0.50, {MIDDLE: 1}), (1.0, {MIDDLE: 0.3, LARGE: 0.7})),
-    sample_sizes=(MIDDLE, LARGE),
+    batch={IMAGE: 128, SHORT: 32, SMALL: 32, LARGE: 8},  # equally many tokens
+    phases=(
+        (0.3, {IMAGE: 0.6, SHORT: 0.2, SMALL: 0.2}),
+        (0.6, {IMAGE: 0.2, SHORT: 0.4, SMALL: 0.4}),
+        (1.0, {IMAGE: 0.1, SHORT: 0.3, SMALL: 0.2, LARGE: 0.4}),
+    ),
+    sample_sizes=(SMALL, LARGE),
 )
 TOY_SMALL, TOY_LARGE = (2, 16, 16), (4, 16, 16)
 TOY = Plan(
     batch={TOY_SMALL: 2, TOY_LARGE: 2},
-    shift={TOY_SMALL: 2.0, TOY_LARGE: 2.0},
     phases=((0.5, {TOY_SMALL: 1}), (1.0, {TOY_LARGE: 1})),
     sample_sizes=(TOY_LARGE,),
     sample_steps=2,
@@ -95,27 +87,11 @@ class State:
     """What a later leg needs besides weights and optimizer. Seeds derive from `step`, so no RNG state."""
 
     step: int = 0
-    warm_from: int = 0  # step at which the optimizer was last fresh
     seconds: float = 0.0  # trained so far, all legs
+    fresh_step: int = 0  # step and seconds at which this training began: with a fresh optimizer
+    fresh_seconds: float = 0.0
     batch: dict[Size, int] = field(default_factory=dict)
     log: list[dict[str, object]] = field(default_factory=list)
-
-
-@dataclass
-class Meter:
-    """Loss and speed of the steps of one size since the last log line."""
-
-    losses: list[float] = field(default_factory=list)
-    clips: int = 0
-    seconds: float = 0.0
-
-    def summary(self, size: Size) -> dict[str, object]:
-        loss = sum(self.losses) / max(1, len(self.losses))
-        return {
-            "size": "x".join(map(str, size)),
-            "loss": round(loss, 5),
-            "clips_per_second": round(self.clips / self.seconds, 1),
-        }
 
 
 def learning_rate(progress: float, steps_since_fresh: int) -> float:
@@ -125,39 +101,61 @@ def learning_rate(progress: float, steps_since_fresh: int) -> float:
     return PEAK_LR * warm * (0.02 + 0.98 * (1 + math.cos(math.pi * fall)) / 2)
 
 
+def noise_levels(count: int, size: Size, generator: torch.Generator) -> Tensor:
+    """s of `count` clips: [count] in (0, 1); one in four uniform, the others logit-normal, moved up."""
+    device, shift = generator.device, noise_shift(*size)
+    normal = torch.randn(count, generator=generator, device=device).sigmoid()
+    uniform = torch.rand(count, generator=generator, device=device)
+    flat = torch.rand(count, generator=generator, device=device) < 0.25
+    return torch.where(flat, uniform, shift * normal / (1 + (shift - 1) * normal))
+
+
 def flow_matching_loss(
-    model: torch.nn.Module, scenes: Scenes, size: Size, count: int, shift: float, generator: torch.Generator
-) -> Tensor:
-    """The loss of one batch drawn from `generator`; one caption in ten is replaced by the empty one."""
+    kind: Kind, model: nn.Module, scenes: Scenes, size: Size, count: int, generator: torch.Generator,
+    level: float | None = None,
+) -> Tensor:  # fmt: skip
+    """The loss of one batch drawn from `generator`; one caption in ten is replaced by the empty one.
+
+    level: the noise level s of all clips, instead of `noise_levels`.
+    """
     device = scenes.device
-    clip, ids = scenes.batch(count, *size, generator)
+    clip, ids = scenes.batch(count, *size, generator, anywhere=True)
     dropped = torch.rand(count, 1, generator=generator, device=device) < 0.1
-    text = embed(torch.where(dropped, NULL, ids))
+    ids = torch.where(dropped, NULL, ids)
     noise = torch.randn(clip.shape, generator=generator, device=device)
-    sigma = torch.randn(count, generator=generator, device=device).sigmoid()
-    sigma = shift * sigma / (1 + (shift - 1) * sigma)
-    noisy = torch.lerp(clip, noise, sigma[:, None, None, None, None])
+    s = noise_levels(count, size, generator) if level is None else torch.full((count,), level, device=device)
+    noisy = torch.lerp(clip, noise, s[:, None, None, None, None])
     with torch.autocast(device.type, torch.bfloat16):
-        velocity = model(noisy, sigma * 1000, text, return_dict=False)[0]
-    return F.mse_loss(velocity.float(), noise - clip)
+        velocity = kind.velocity(model, noisy, s * 1000, ids)
+    return F.mse_loss(velocity, noise - clip)
 
 
-def validation_loss(model: torch.nn.Module, scenes: Scenes, plan: Plan, size: Size) -> float:
-    """Mean loss over 8 fixed batches."""
+@torch.no_grad()
+def validation_losses(
+    kind: Kind, model: nn.Module, scenes: Scenes, size: Size, count: int, batches: int = 4
+) -> dict[str, float]:
+    """Mean loss over the same clips and noise at each noise level of VALIDATED_AT, and over the levels."""
     generator = torch.Generator(scenes.device)
-    count = max(1, plan.batch[size] // 2)
-    with torch.no_grad():
-        losses = [
-            flow_matching_loss(model, scenes, size, count, plan.shift[size], generator.manual_seed(2**40 + i))
-            for i in range(8)
-        ]
-    return torch.stack(losses).mean().item()
+    losses = {
+        str(level): torch.stack(
+            [
+                flow_matching_loss(kind, model, scenes, size, count, generator.manual_seed(2**40 + i), level)
+                for i in range(batches)
+            ]
+        ).mean()
+        for level in VALIDATED_AT
+    }
+    losses["mean"] = torch.stack(list(losses.values())).mean()
+    return {level: round(loss.item(), 5) for level, loss in losses.items()}
 
 
-def attention_priority(device: torch.device) -> list[SDPBackend]:
-    """SDPA backends, the one that trains fastest here first (cuDNN where it works, agrees and wins)."""
+def attention_priority(device: torch.device, masked: bool) -> list[SDPBackend]:
+    """SDPA backends, the one that trains fastest here first (cuDNN where it works, agrees and wins).
+
+    A mask of padded text rules out flash attention, and cuDNN's would be as large as all scores.
+    """
     order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    if device.type != "cuda":
+    if masked or device.type != "cuda":
         return order
 
     def trial(backend: SDPBackend) -> tuple[float, Tensor]:
@@ -200,17 +198,16 @@ class Trainer:
     def __init__(self, args: argparse.Namespace) -> None:
         self.started = time.monotonic()
         self.args = args
+        self.kind = KINDS[args.model]
         self.plan = TOY if args.toy else FULL
         self.device = torch.device(args.device)
-        self.out = Path(args.out)
+        self.out = Path(args.out or f"outputs/tiny_{args.model}")
         self.out.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(0)
         torch.set_float32_matmul_precision("high")
         self.scenes = Scenes(self.device)
         self.generator = torch.Generator(self.device)
-        config = {**MODEL, "num_layers": 1, "ffn_dim": 64} if args.toy else MODEL
-        self.model = WanTransformer3DModel(**config).to(self.device)
-        torch.nn.init.zeros_(self.model.proj_out.weight)
+        self.model = self.kind.build(args.toy).to(self.device)
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), betas=(0.9, 0.99), weight_decay=0.01, fused=self.device.type == "cuda"
@@ -219,13 +216,22 @@ class Trainer:
         self.resume()
         self.before = self.state.seconds
         if args.compile:
-            self.model.compile_repeated_blocks(fullgraph=True, dynamic=False)
+            torch._dynamo.config.recompile_limit = 64  # one graph a size and class of block
+            compile_blocks(self.model, fullgraph=True, dynamic=False)
         count = sum(p.numel() for p in self.model.parameters())
-        print(f"{count / 1e6:.2f}M parameters on {self.device}, from step {self.state.step}", flush=True)
+        print(
+            f"{args.model}: {count / 1e6:.2f}M parameters on {self.device}, from step {self.state.step}",
+            flush=True,
+        )
 
     @property
     def checkpoint(self) -> Path:
         return self.out / "checkpoint.pt"
+
+    @property
+    def progress(self) -> float:
+        """The share of this training that is done."""
+        return (self.state.seconds - self.state.fresh_seconds) / (60 * self.args.total_minutes)
 
     def resume(self) -> None:
         if self.checkpoint.exists():
@@ -235,12 +241,13 @@ class Trainer:
             self.optimizer.load_state_dict(saved["optimizer"])
             self.state = State(**saved["state"])
         elif (self.out / "export" / "config.json").exists() and (self.out / "log.json").exists():
-            weights = WanTransformer3DModel.from_pretrained(self.out / "export", torch_dtype=torch.float32)
-            self.model.load_state_dict(weights.state_dict())
-            self.ema.load_state_dict(weights.state_dict())
-            told = json.loads((self.out / "log.json").read_text())
-            self.state.step = self.state.warm_from = told["step"]
-            self.state.seconds, self.state.log = told["seconds"], told["log"]
+            weights = self.kind.load(self.out / "export").state_dict()
+            self.model.load_state_dict(weights)
+            self.ema.load_state_dict(weights)
+            told, state = json.loads((self.out / "log.json").read_text()), self.state
+            state.log = told["log"]
+            state.step = state.fresh_step = told["step"]
+            state.seconds = state.fresh_seconds = told["seconds"]
 
     def save(self) -> None:
         parts = {"model": self.model.state_dict(), "ema": self.ema.state_dict()}
@@ -248,35 +255,40 @@ class Trainer:
         with written_whole(self.checkpoint) as path:
             torch.save(state, path)
 
+    def step(self, size: Size, count: int) -> Tensor:
+        """One step; its loss, still on the device: nothing here waits for the GPU."""
+        state, parameters = self.state, list(self.model.parameters())
+        rate = learning_rate(self.progress, state.step - state.fresh_step)
+        self.generator.manual_seed(state.step)
+        loss = flow_matching_loss(self.kind, self.model, self.scenes, size, count, self.generator)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        decay = min(EMA_DECAY, (1 + state.step) / (10 + state.step))
+        torch._foreach_lerp_(list(self.ema.parameters()), parameters, 1 - decay)
+        return loss.detach()
+
     def train(self) -> None:
         """One leg: steps until `--minutes` are over or the whole training is."""
-        args, state, total = self.args, self.state, 60 * self.args.total_minutes
-        parameters, averages = list(self.model.parameters()), list(self.ema.parameters())
+        args, state = self.args, self.state
         self.model.train()
-        bar = tqdm(total=total, initial=round(self.before), unit="s", disable=not sys.stderr.isatty())
-        meters: dict[Size, Meter] = {}
-        saved, skipped = time.monotonic(), 0
+        bar = tqdm(total=60 * args.minutes, unit="s", disable=not sys.stderr.isatty())
+        losses: dict[Size, list[Tensor]] = {}
+        saved = logged = self.started
         steps_left = args.max_steps or 10**9
-        with sdpa_kernel(attention_priority(self.device), set_priority=True):
+        with sdpa_kernel(attention_priority(self.device, self.kind.masked), set_priority=True):
             while steps_left:
                 elapsed = time.monotonic() - self.started
                 state.seconds = self.before + elapsed
-                progress = state.seconds / total
-                if elapsed > 60 * args.minutes or progress >= 1:
+                if elapsed > 60 * args.minutes or self.progress >= 1:
                     break
-                size = self.plan.size_at(progress, state.step)
-                meter = meters.setdefault(size, Meter())
-                begun = time.monotonic()
-                rate = learning_rate(progress, state.step - state.warm_from)
-                for group in self.optimizer.param_groups:
-                    group["lr"] = rate
-                self.generator.manual_seed(state.step)
+                size = self.plan.size_at(self.progress, state.step)
                 count = state.batch[size]
                 try:
-                    loss = flow_matching_loss(
-                        self.model, self.scenes, size, count, self.plan.shift[size], self.generator
-                    )
-                    loss.backward()
+                    losses.setdefault(size, []).append(self.step(size, count))
                 except torch.OutOfMemoryError:
                     if count == 1:
                         raise
@@ -285,32 +297,26 @@ class Trainer:
                     self.optimizer.zero_grad(set_to_none=True)
                     torch.cuda.empty_cache()
                     continue
-                norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-                if torch.isfinite(norm):
-                    self.optimizer.step()
-                    decay = min(EMA_DECAY, (1 + state.step) / (10 + state.step))
-                    torch._foreach_lerp_(averages, parameters, 1 - decay)
-                    meter.losses.append(loss.item())
-                else:
-                    skipped += 1
-                    if skipped > 100:
-                        raise RuntimeError(f"{skipped} steps had a gradient that is not finite")
-                self.optimizer.zero_grad(set_to_none=True)
                 state.step += 1
                 steps_left -= 1
-                meter.clips += count
-                meter.seconds += time.monotonic() - begun
-                bar.update(round(state.seconds) - bar.n)
+                bar.update(round(elapsed) - bar.n)
                 if state.step % args.log_every == 0:
-                    for size, meter in meters.items():
-                        entry = {"step": state.step, "progress": round(progress, 4), "lr": rate}
-                        entry |= meter.summary(size)
-                        state.log.append(entry)
-                        bar.write(json.dumps(entry))
-                    meters.clear()
-                if time.monotonic() - saved > 60:
-                    self.save()
-                    saved = time.monotonic()
+                    means = {
+                        "x".join(map(str, size)): torch.stack(x).mean().item() for size, x in losses.items()
+                    }
+                    if not all(map(math.isfinite, means.values())):
+                        raise RuntimeError(f"step {state.step}: the loss is not finite, {means}")
+                    now = time.monotonic()
+                    entry = {"step": state.step, "progress": round(self.progress, 4)}
+                    entry["steps_per_second"] = round(sum(map(len, losses.values())) / (now - logged), 2)
+                    entry["loss"] = {size: round(loss, 5) for size, loss in means.items()}
+                    state.log.append(entry)
+                    bar.write(json.dumps(entry))
+                    losses.clear()
+                    logged = now
+                    if now - saved > 60:
+                        self.save()
+                        saved = now
         bar.close()
         self.save()
 
@@ -321,13 +327,14 @@ class Trainer:
         copy.deepcopy(self.ema).to(torch.bfloat16).save_pretrained(export, max_shard_size=SHARD_BYTES)
         told = {"step": self.state.step, "seconds": self.state.seconds, "log": self.state.log}
         self.write_log(told)
-        told["validation"] = {
-            "x".join(map(str, size)): round(validation_loss(self.ema, self.scenes, self.plan, size), 5)
-            for size in self.plan.sample_sizes
-        }
-        print(f"validation loss {told['validation']}", flush=True)
+        final = self.kind.load(export, self.device, torch.bfloat16)
+        told["validation"] = {}
+        for size in self.plan.sample_sizes:
+            count = max(1, self.plan.batch[size] // 2)
+            losses = validation_losses(self.kind, final, self.scenes, size, count)
+            told["validation"]["x".join(map(str, size))] = losses
+        print(f"validation {json.dumps(told['validation'])}", flush=True)
         self.write_log(told)
-        final = load_model(self.device, torch.bfloat16, export)
         for size in self.plan.sample_sizes:
             self.write_samples(final, size)
 
@@ -335,7 +342,7 @@ class Trainer:
         with written_whole(self.out / "log.json") as path:
             path.write_text(json.dumps(told, indent=1))
 
-    def write_samples(self, model: torch.nn.Module, size: Size, count: int = 6, columns: int = 8) -> None:
+    def write_samples(self, model: nn.Module, size: Size, count: int = 6, columns: int = 8) -> None:
         """A sheet of sampled clips: one row a clip, frames side by side, its caption above."""
         import numpy as np
         from PIL import Image, ImageDraw
@@ -343,7 +350,7 @@ class Trainer:
         generator = torch.Generator(self.device).manual_seed(7)
         ids = self.scenes.batch(count, *size, generator)[1]
         noise = torch.randn(count, 3, *size, generator=generator, device=self.device)
-        clips = sample(model, noise, ids, steps=self.plan.sample_steps)
+        clips = sample(model, noise, ids, steps=self.plan.sample_steps, velocity=self.kind.velocity)
         frames, height, _ = size
         chosen = [round(i * (frames - 1) / (columns - 1)) for i in range(columns)]
         rows = clips[:, :, chosen].permute(0, 3, 2, 4, 1).flatten(2, 3)  # [count, H, columns * W, 3]
@@ -356,10 +363,13 @@ class Trainer:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Train the tiny Wan model in resumable legs.")
+    parser = argparse.ArgumentParser(description="Train a tiny model in resumable legs.")
+    parser.add_argument("--model", choices=KINDS, default="wan")
     parser.add_argument("--minutes", type=float, default=8, help="length of this leg, compiling included")
-    parser.add_argument("--total-minutes", type=float, default=16, help="length of the whole training")
-    parser.add_argument("--out", default="outputs/tiny_wan")
+    parser.add_argument(
+        "--total-minutes", type=float, default=16, help="length of the whole training, all legs"
+    )
+    parser.add_argument("--out", help="default: outputs/tiny_<model>")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--log-every", type=int, default=50)

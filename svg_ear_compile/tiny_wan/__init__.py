@@ -10,13 +10,14 @@ textured shapes that move over a panning photograph. A caption is `CAPTION_LENGT
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
@@ -35,6 +36,7 @@ OBJECT_WORDS = (SHAPES, COLOURS, TEXTURES, DIRECTIONS)
 CAPTION_LENGTH = 2 + MAX_OBJECTS * len(OBJECT_WORDS)
 SLOT_WORDS = (BACKGROUNDS, PANS) + OBJECT_WORDS * MAX_OBJECTS
 TEXT_DIM = 64
+GUIDANCE = 2.0  # how far samples lean on their caption
 NULL_CAPTION = (NULL,) * CAPTION_LENGTH
 
 _FIRST_ID: dict[int, int] = {}
@@ -132,38 +134,60 @@ def load_model(
     return model.to(device).eval().requires_grad_(False)
 
 
+def velocity(model: nn.Module, clip: Tensor, timestep: Tensor, ids: Tensor) -> Tensor:
+    """What the model predicts, noise - clip: [B, 3, F, H, W] fp32.
+
+    clip: [B, 3, F, H, W] in [-1, 1], with noise; timestep: [B] in [0, 1000]; ids: [B, CAPTION_LENGTH].
+    """
+    dtype = model.patch_embedding.weight.dtype  # diffusers keeps some other parameters in fp32
+    prediction: Tensor = model(clip.to(dtype), timestep, embed(ids).to(dtype), return_dict=False)[0]
+    return prediction.float()
+
+
+def noise_shift(frames: int, height: int, width: int) -> float:
+    """How far the noise levels of a clip of so many pixels are moved up: sqrt(F H W / 1024).
+
+    More pixels show the same scene through more noise, so its layout is decided earlier. s -> shift s /
+    (1 + (shift - 1) s) as in Stable Diffusion 3 (arXiv 2403.03206, section 5.3.2), here also over frames.
+    """
+    return math.sqrt(frames * height * width / 1024)
+
+
 @torch.no_grad()
 def sample(
-    model: WanTransformer3DModel,
+    model: nn.Module,
     noise: Tensor,
     ids: Tensor,
     *,
     steps: int = 30,
-    guidance: float = 3.5,
-    shift: float = 3.0,
+    guidance: float = GUIDANCE,
+    shift: float | None = None,
     on_step: Callable[[int], None] | None = None,
+    velocity: Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor] = velocity,
 ) -> Tensor:
     """Integrates the flow from noise to clips by Euler steps with classifier-free guidance.
 
     noise: [B, 3, F, H, W] standard normal, any float dtype; ids: [B, CAPTION_LENGTH]. Each step calls the
     model twice (with the caption, then with the empty one; once if guidance is 1), in the model's dtype; the
-    clip itself stays fp32. `on_step(i)` is called after step i. Returns [B, 3, F, H, W] fp32 in [0, 1].
+    clip itself stays fp32. shift: default `noise_shift`. `on_step(i)` is called after step i. `velocity`
+    calls a model of another class. Returns [B, 3, F, H, W] fp32 in [0, 1].
     """
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    dtype = model.patch_embedding.weight.dtype  # diffusers keeps some other parameters in fp32
+    frames, height, width = noise.shape[2:]
+    shift = noise_shift(frames, height, width) if shift is None else shift
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     scheduler.set_timesteps(steps, device=noise.device)
     ids = ids.to(noise.device)
-    text, empty = embed(ids).to(dtype), embed(torch.full_like(ids, NULL)).to(dtype)
+    empty = torch.full_like(ids, NULL)
     clip = noise.float()
     for i, time in enumerate(scheduler.timesteps):
         times = time.expand(len(clip))
-        velocity = model(clip.to(dtype), times, text, return_dict=False)[0].float()
+        direction = velocity(model, clip, times, ids)
         if guidance != 1:
-            without = model(clip.to(dtype), times, empty, return_dict=False)[0].float()
-            velocity = without + guidance * (velocity - without)
-        clip = scheduler.step(velocity, time, clip, return_dict=False)[0]
+            without = velocity(model, clip, times, empty)
+            direction = without + guidance * (direction - without)
+        clip = scheduler.step(direction, time, clip, return_dict=False)[0]
         if on_step is not None:
             on_step(i)
     return (clip / 2 + 0.5).clamp(0, 1)
