@@ -20,6 +20,7 @@ def size_argument(text: str) -> tuple[int, int, int]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""
     from .demo import PROMPT, Demo, run
+    from .tiny_wan import GUIDANCE
 
     parser = argparse.ArgumentParser(
         prog="svg-ear", description="Block-sparse attention for video transformers."
@@ -33,7 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo.add_argument("--density", type=float, default=0.25, help="share of the attention computed exactly")
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--prompt", default=PROMPT, help="default: %(default)s")
-    demo.add_argument("--guidance", type=float, help="classifier-free guidance (default: 3.5; 1: none)")
+    demo.add_argument(
+        "--guidance", type=float, help=f"classifier-free guidance (default: {GUIDANCE:g}; 1: none)"
+    )
     demo.add_argument("--out", type=Path, default=Path("outputs/demo"), help="folder for what is written")
     demo.add_argument("--device", default="auto")
     demo.add_argument("--weights", type=Path, help="folder of another tiny Wan model")

@@ -42,7 +42,7 @@ class Demo:
     density: float = 0.25
     seed: int = 0
     prompt: str = PROMPT
-    guidance: float | None = None  # None: 3.5, or 1 (no guidance, half the work) where time is short
+    guidance: float | None = None  # None: tiny_wan.GUIDANCE, or 1 (half the work) where time is short
     out: Path = Path("outputs/demo")
     device: str = "auto"
     compensation: bool = True
@@ -149,7 +149,7 @@ def run(demo: Demo) -> Result:
 
     model.compile_repeated_blocks(backend=inner, fullgraph=True)
     forward = _forward_seconds(model, noise, ids)
-    guidance = demo.guidance or (1.0 if on_cpu and 4 * steps * forward > CPU_BUDGET else 3.5)
+    guidance = demo.guidance or (1.0 if on_cpu and 4 * steps * forward > CPU_BUDGET else tiny_wan.GUIDANCE)
     calls = 1 if guidance == 1 else 2
     estimate = 2 * steps * calls * forward
     print(f"A dense forward takes {forward:.3g} s, {calls} a step; two dense runs take {estimate:.0f} s.")

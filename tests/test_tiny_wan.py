@@ -79,6 +79,22 @@ def test_longer_clip_moves_at_the_same_speed(scenes) -> None:
     torch.testing.assert_close(short, long[:, :, 4:12])
 
 
+def test_a_short_clip_may_lie_anywhere_in_a_long_one(scenes) -> None:
+    """Single frames at times of their own: not all from the middle, and within the 16 frames."""
+    times = []
+    original = scenes._panorama
+    scenes._panorama = lambda *a: times.append(next(x for x in a if x.shape == (64, 1))) or original(*a)
+    try:
+        scenes.batch(64, 1, 8, 8, torch.Generator().manual_seed(8), anywhere=True)
+        scenes.batch(64, 1, 8, 8, torch.Generator().manual_seed(8))
+    finally:
+        del scenes._panorama
+    anywhere, middle = times
+    assert anywhere.abs().max() <= 0.5
+    assert anywhere.std() > 0.2
+    assert (middle == 0).all()
+
+
 def test_captions_round_trip(scenes) -> None:
     for ids in batch(scenes, 6)[1].tolist() + batch(scenes, 7)[1].tolist():
         assert list(tiny_wan.parse(tiny_wan.sentence(ids))) == ids
@@ -108,8 +124,8 @@ def test_training_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         assert f"from step {3 * leg}" in capsys.readouterr().out
         told = json.loads((tmp_path / "log.json").read_text())
         assert [entry["step"] for entry in told["log"]] == list(range(1, 3 * leg + 4))
-        assert all(math.isfinite(entry["loss"]) for entry in told["log"])
-        assert told["validation"]["4x16x16"] < 2
+        assert all(math.isfinite(loss) for entry in told["log"] for loss in entry["loss"].values())
+        assert told["validation"]["4x16x16"]["mean"] < 2
         assert (tmp_path / "samples_4x16x16.png").exists()
         if leg == 0:
             before = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
@@ -121,6 +137,80 @@ def test_training_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
             (tmp_path / "checkpoint.pt").unlink()
     weights = tiny_wan.load_model(dtype=torch.bfloat16, folder=tmp_path / "export")
     assert weights.config.attention_head_dim == 128
+
+
+@pytest.mark.parametrize("model", ["hunyuan", "cogvideox"])
+def test_other_models_train(model: str, scenes) -> None:
+    """The loss of one batch falls, and the caption matters."""
+    train = import_example("train")
+    kind = train.KINDS[model]
+    torch.manual_seed(0)
+    network = kind.build(toy=True)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
+    losses = []
+    for _ in range(8):
+        generator = torch.Generator().manual_seed(0)
+        loss = train.flow_matching_loss(kind, network, scenes, (2, 16, 16), 2, generator)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    clip, ids = scenes.batch(2, 2, 16, 16, torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        first, second = (kind.velocity(network, clip, torch.full((2,), 900.0), x) for x in (ids, ids.flip(0)))
+    assert first.shape == clip.shape
+    assert not torch.equal(first, second)
+
+
+def test_validation_sees_the_same_clips_and_the_noise_level(scenes) -> None:
+    """Every level gets the same batches; a model that answers 0 has the same loss at all of them."""
+    train = import_example("train")
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def answer(_, noisy: torch.Tensor, timestep: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        seen.append((timestep, ids))
+        return torch.zeros_like(noisy)
+
+    kind = train.Kind("", {}, {}, answer)
+    losses = train.validation_losses(kind, torch.nn.Identity(), scenes, (2, 16, 16), 4, batches=2)
+    assert [float(t[0]) for t, _ in seen] == pytest.approx(
+        [1000 * s for s in train.VALIDATED_AT for _ in "ab"]
+    )
+    assert all(torch.equal(seen[i][1], seen[i % 2][1]) for i in range(len(seen)))
+    assert not torch.equal(seen[0][1], seen[1][1])
+    by_level = {level: loss for level, loss in losses.items() if level != "mean"}
+    assert len(set(by_level.values())) == 1, "the target noise - clip does not depend on s"
+    assert losses["mean"] == next(iter(by_level.values())) > 1
+
+
+def test_larger_clips_are_trained_and_sampled_at_more_noise() -> None:
+    assert tiny_wan.noise_shift(16, 64, 64) == 8
+    assert tiny_wan.noise_shift(16, 128, 128) == 16
+    train = import_example("train")
+    generator = torch.Generator().manual_seed(0)
+    small, large = (train.noise_levels(4000, size, generator) for size in (train.SMALL, train.LARGE))
+    for levels in (small, large):
+        assert levels.min() > 0
+        assert levels.max() < 1
+    # one in four is uniform, the median of the others is shift / (shift + 1)
+    assert (small > 8 / 9).float().mean() == pytest.approx(0.75 / 2 + 0.25 / 9, abs=0.03)
+    assert (large > 16 / 17).float().mean() == pytest.approx(0.75 / 2 + 0.25 / 17, abs=0.03)
+
+    times = []
+    sampled = tiny_wan.sample(
+        torch.nn.Identity(), torch.zeros(1, 3, 16, 64, 64), torch.zeros(1, 10, dtype=torch.long), steps=3,
+        velocity=lambda _, clip, timestep, ids: times.append(timestep.item()) or clip,
+    )  # fmt: skip
+    assert len(times) == 2 * 3, "guidance takes two calls a step"
+
+    def shifted(s: float) -> float:
+        return 8 * s / (1 + 7 * s)
+
+    last = shifted(0.001)  # diffusers counts its steps from noise to there, and then shifts
+    expected = [1000 * shifted(s) for s in (1, (1 + last) / 2, last)]
+    assert times[::2] == pytest.approx(expected, rel=1e-3)
+    assert (sampled == 0.5).all()
 
 
 @pytest.fixture(scope="module")
