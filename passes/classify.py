@@ -24,6 +24,7 @@ from .axis_rules import trace_axes
 from .layout import is_factorised, read_layout, video_parts
 from .masks import read_mask
 from .match import Call, match
+from .pays import too_slow
 from .projections import query_parameter
 from .signs import NOT_VIDEO, sign_of_video
 from .site import Layout, Reason, Site, Verdict
@@ -33,6 +34,8 @@ from .sources import last_key
 # Without a sign of video: longer than usual sequences of image models (Flux at 1,024 pixels: 4,608
 # tokens; the VAE there: 16,384 at head_dim 512, which is not supported anyway).
 UNSIGNED_MIN_TOKENS = 16_384
+# Unless the user says something else; and where speeds were measured, a call must gain from it (pays.py).
+MIN_TOKENS = 8192
 HEAD_DIMS = range(16, 257)
 _PROJECTED = re.compile(r"query|key|value|q|k|v|___stack\d+")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -42,7 +45,9 @@ class Thresholds(Protocol):
     """What classify reads of the settings."""
 
     @property
-    def min_tokens(self) -> int: ...
+    def min_tokens(self) -> int | None: ...
+    @property
+    def density(self) -> float | None: ...
     @property
     def sites(self) -> tuple[str, ...]: ...
 
@@ -87,6 +92,9 @@ def _site(index: int, call: Call, axes: Axes, settings: Thresholds, example_inpu
             tokens = axis_size(q[2]) - layout.text_hint
             sign = "named in sites=" if is_named else sign_of_video(call, q[2], example_inputs, tokens)
             verdict = _enough(q[2], tokens, sign, settings.min_tokens)
+            slow = settings.min_tokens is None and not is_named and too_slow(call.query, settings.density)
+            if verdict.rewrite and slow:
+                verdict = Verdict(False, Reason.DOES_NOT_PAY, slow)
     parameter = query_parameter(call.query, axes) if verdict.rewrite else None
     site = _make(index, call, kind, mask, verdict, layout or Layout())
     site.parameter, site.key_mask = parameter, key_mask
@@ -142,9 +150,10 @@ def _obstacle(call: Call, kind: str, bad_mask: Reason | None, mask: str) -> Verd
     )
 
 
-def _enough(axis: Axis, tokens: int, sign: str, min_tokens: int) -> Verdict:
+def _enough(axis: Axis, tokens: int, sign: str, min_tokens: int | None) -> Verdict:
     """Whether there are enough video tokens for what says that they are video."""
-    least = min_tokens if sign else max(UNSIGNED_MIN_TOKENS, min_tokens)
+    least = MIN_TOKENS if min_tokens is None else min_tokens
+    least = least if sign else max(UNSIGNED_MIN_TOKENS, least)
     if tokens >= least:
         return Verdict(True, Reason.REWRITTEN, sign or f"{tokens} tokens")
     if sign:

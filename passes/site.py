@@ -20,6 +20,10 @@ class Reason(Enum):
     REWRITTEN = ("self attention over video tokens", "")
     CROSS = ("cross attention: queries and keys come from different tokens", "")
     TOO_FEW_TOKENS = ("too few tokens for sparsity to pay", "lower min_tokens to rewrite it all the same")
+    DOES_NOT_PAY = (
+        "sparse attention would not be faster here",
+        "set min_tokens to rewrite it all the same",
+    )
     NO_SIGN_OF_VIDEO = (
         "nothing in the graph says that these tokens are video",
         "name the module in sites= if they are",

@@ -23,7 +23,7 @@ class Knobs:
     """The settings that passes read, for tiny models."""
 
     density: float | None = 1.0
-    min_tokens: int = 1
+    min_tokens: int | None = 1
     sites: tuple[str, ...] = ()
     order: str = "auto"
     routing: str = "output_error"

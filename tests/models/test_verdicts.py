@@ -81,7 +81,7 @@ def test_text_as_long_as_the_video_is_still_cross_attention() -> None:
 @pytest.mark.parametrize("name", ["flux", "image_vae", "video_vae", "vit", "llama"])
 def test_default_thresholds_leave_other_models_alone(name: str) -> None:
     model, arguments = build(name)
-    backend = capture(model, arguments(1, 64, 64), knobs=Knobs(min_tokens=8192))
+    backend = capture(model, arguments(1, 64, 64), knobs=Knobs(min_tokens=None))
     assert backend.sites
     assert not [site for site in backend.sites if site.verdict.rewrite]
     if name == "flux":
