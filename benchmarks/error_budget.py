@@ -1,11 +1,11 @@
 """Does target_error keep its promise, and is it worth more than one density for all? The tiny Wan, one table.
 
-    python benchmarks/error_budget.py [--steps 30 --size 16x128x128 --targets .02,.04,.08 --out outputs/error_budget]
+    python benchmarks/error_budget.py [--steps 30 --size 16x128x128 --targets .02,.04,.08 --out PATH]
 
-For each target the clip is sampled twice from the same noise: steered by target_error, and with a fixed density
-that computes as many pairs. True errors are those of whole calls (setting `audit`: every row, exact
-attention in float32); "kept" is the share of calls behind the first two sparse steps with at most 1.5
-times the target. Calls that went dense count in the density, with 1, and make no error. Also written: the true
+For each target the clip is sampled twice from the same noise: steered by target_error, and with a fixed
+density that computes as many pairs. True errors are those of whole calls (setting `audit`: every row, exact
+attention in float32); "kept" is the share of calls behind the first two sparse steps with at most 1.5 times
+the target. Calls that went dense count in the density, with 1, and make no error. Also written: the true
 error of each layer and step (json), and a picture of it (png, with matplotlib).
 """
 
@@ -31,7 +31,7 @@ PROMPT = (
     "over the cat photo panning up"
 )
 MIN_STEPS = 2
-"""So many sparse steps may miss the target: the first decision that knows a sparse call's error is the third."""
+"""So many sparse steps may miss the target: the third is the first that knows a sparse call's error."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,9 @@ def table(rows: list[Row]) -> str:
     for row in rows:
         errors = sorted(c.true_error for c in row.calls if c.true_error is not None)
         ratios = [(c.true_error or 0.0) / row.target for c in settled(row.calls)] if row.target else []
-        kept = [statistics.mean(r <= 1.5 for r in ratios), statistics.mean(1 / 1.5 <= r <= 1.5 for r in ratios),
-                max(ratios)] if ratios else [None] * 3  # fmt: skip
+        kept: list[float | None] = [None] * 3
+        if ratios:
+            kept = [statistics.mean(low <= r <= 1.5 for r in ratios) for low in (0, 1 / 1.5)] + [max(ratios)]
         cells.append([row.name, row.density, row.psnr, statistics.median(errors), errors[-1], *kept])
     head = ("run", "density", "PSNR dB", "true error\nmedian", "true error\nworst", "kept\n<= 1.5x",
             "within\n1.5x", "worst\n/ target")  # fmt: skip

@@ -21,7 +21,7 @@ ROWS = 64
 
 
 def sample(length: int, like: Tensor, seed: int) -> Tensor:
-    """Slots [B,H,n] int64, ascending, of a query order of `length` slots; B, H and the device as in `like`."""
+    """Slots [B,H,n] int64, ascending, of a query order of `length` slots; B, H and device as in `like`."""
     n = min(ROWS, length)
     ends = torch.arange(n + 1, device=like.device) * length // n
     generator = torch.Generator(like.device).manual_seed(seed)
@@ -71,7 +71,8 @@ def planned_error(query: Tensor, plan: Plan, out: Tensor, slots: Tensor, scale: 
     queries, planned = rows(query, tokens).float(), []
     for b in range(query.shape[0]):
         for h in range(query.shape[1]):
-            planned.append(_planned_rows(queries[b, h], Plan(*(x[b, h] for x in plan)), slots[b, h], scale))
+            head = Plan(*(x[b, h] for x in plan))
+            planned += [_planned_rows(queries[b, h], head, slots[b, h], scale)]
     return _sums(torch.stack(planned).view(queries.shape), rows(out, tokens))
 
 

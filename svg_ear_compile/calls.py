@@ -232,7 +232,7 @@ class SparseCallable:
     def _count(
         self, call: context.Call, args: tuple[Any, ...], planned: dict[int, str], visits: list[_Visit]
     ) -> None:
-        """Afterwards: which sites ran sparse, what they measured and found, what their masks turned out to be."""
+        """Afterwards: which sites ran sparse, what they measured and found, what their masks show."""
         for site in self.plan.sites:
             if site not in call.dense:
                 self.record.sparse[site] += 1

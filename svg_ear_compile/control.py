@@ -1,20 +1,21 @@
 """How dense does a layer run, so that its measured error meets the target? And when is it not worth it?
 
 One Control per layer, guidance branch and generation: what it does depends on nothing before, so the same
-generation gives the same bits. The ops measure (kernels/measure.py); the sums travel to the host while the GPU
-goes on. The decision at step s reads those of step s - LAG and before, waited for by their event: it never
-depends on how fast anything was.
+generation gives the same bits. The ops measure (kernels/measure.py); the sums travel to the host while the
+GPU goes on. The decision at step s reads those of step s - LAG and before, waited for by their event: it
+never depends on how fast anything was.
 
-- Two steps before the first sparse one, while the call is dense anyhow, the layer tries TRIAL densities on the
-  sampled rows. From their errors follow the density to begin with, and how fast the error falls with it.
+- Two steps before the first sparse one, while the call is dense anyhow, the layer tries TRIAL densities on
+  the sampled rows. From their errors follow the density to begin with, and how fast the error falls with it.
   Without such a step it begins with the cautious FIRST_DENSITY.
-- Then it measures every measure_every-th sparse call, and the first after a change of density. Near d the error
-  is taken to fall as d^-slope: the target needs d (error / target)^(1 / slope). Most of the way there is gone in
-  one decision, upwards more of it than downwards; differences within HYSTERESIS are left alone.
-- Where more than max_density is needed, sparsity would not pay: the layer goes dense, and tries again, as above,
-  every so often.
-- The guard: an error beyond max_error, at the density that was thought right, makes the layer dense for the rest
-  of the generation. Where a target is set, a higher density gets a chance first.
+- Then it measures every measure_every-th sparse call, and the first after a change of density. Near d the
+  error is taken to fall as d^-slope: the target needs d (error / target)^(1 / slope). Most of the way there
+  is gone in one decision, upwards more of it than downwards; differences within HYSTERESIS are left alone.
+- Where more than max_density is needed, sparsity would not pay: the layer goes dense, and tries again, as
+  above, every so often.
+- The guard: an error beyond max_error, at the density that was thought right, makes the layer dense for the
+  rest of the generation. Where a target is set, a higher density gets a chance first, and the layer never
+  goes down again to the one that failed.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .kernels.context import Measure
 from .settings import Settings
 
 LAG = 2
@@ -38,8 +38,10 @@ RETRY = 8
 SLOPE, SLOPES = 1.0, (0.5, 3.0)
 """Of the error against the density, both logarithmic: assumed, and what a trial may find."""
 UP, DOWN = 0.9, 0.6
+HALF = 0.5
+"""In one decision the density goes down to this share at most: below, the error may be any."""
 HYSTERESIS = 0.1
-"""Relative changes of density smaller than this are not made; nor is a layer dense that needs so little more."""
+"""Smaller relative changes of density are not made; nor is a layer dense that needs so little more."""
 NEWS = 0.3
 """A relative change of density of more than this is measured at once."""
 _REMEMBERED = 256
@@ -91,7 +93,7 @@ def _error(lost: Tensor, whole: Tensor) -> Error:
 
 
 class Decision(NamedTuple):
-    """What a layer does at one step. density: None where it is dense, or as routed. counter: for the report."""
+    """What a layer does at one step. density: None where dense, or as routed. counter: for the report."""
 
     dense: str | None = None
     counter: str = ""
@@ -129,6 +131,8 @@ class Control:
     guarded: float | None = None
     """The error that made the guard run this layer dense for good."""
     strikes: int = 0
+    least: float = 0.0
+    """A density at which the error was beyond max_error is not used again."""
     steps: deque[Step] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
     _unread: deque[Step] = field(default_factory=deque)
     _last: Step | None = None
@@ -170,7 +174,7 @@ class Control:
             self._unread.append(entry)
             self._last = entry
 
-    def _trial(self) -> tuple[float, ...]:
+    def _trial(self) -> tuple[float, float]:
         """Never more than what the layer may use."""
         low, high = TRIAL
         top = self.settings.max_density
@@ -197,6 +201,8 @@ class Control:
             self.strikes += 1
             if target is None or self.strikes > 1 or self.density == self.settings.max_density:
                 self.guarded = error
+            else:
+                self.least = min(self.density * (1 + NEWS), self.settings.max_density)
         if target is not None and entry.decision.density is not None:
             self._move(entry.decision.density * (error / target) ** (1 / self.slope))
 
@@ -224,4 +230,5 @@ class Control:
         way = math.log(need / self.density)
         if abs(way) > HYSTERESIS:
             gain = 1.0 if whole else UP if way > 0 else DOWN
-            self.density = min(max(self.density * math.exp(gain * way), s.min_density), s.max_density)
+            least = max(s.min_density, self.least, 0.0 if whole else HALF * self.density)
+            self.density = min(max(self.density * math.exp(gain * way), least), s.max_density)

@@ -1,4 +1,4 @@
-"""Which error did each layer make at each step, and how much did it compute for it? Of the last generation."""
+"""Which error did each layer make at each step of its last generation, and at which density?"""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from .records import GraphRecord
 class CallError:
     """One attention site in one call. Errors are relative, of the output over all heads.
 
-    layer counts the attention layers of a model, branch the calls of a step (1: unconditional). dense: why it
-    ran dense, "" if it did not. density: what it might spend; None: dense, or as routed. error and worst_head:
-    measured on a sample of the rows, where it was measured. true_error: over all rows, with `audit`.
+    layer counts the attention layers of a model, branch the calls of a step (1: often the unconditional one).
+    dense: why it ran dense, "" if it did not. density: what it might spend; None: dense, or as routed. error
+    and worst_head: measured on a sample of the rows, where it was measured. true_error: over all rows, with
+    the setting `audit`.
     """
 
     graph: int

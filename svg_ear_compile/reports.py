@@ -173,11 +173,11 @@ class Report:
                 f"with padding, {t['mean_density']:.3f} over all calls"
             )
         if t["measured_calls"]:
-            targets = {s.target_error for s in self.sites if s.target_error is not None}
+            targets = sorted({s.target_error for s in self.sites if s.target_error is not None})
             lines.append(
-                f"error: {t['measured_error']:.3g} in the median, {t['worst_error']:.3g} at worst, measured in "
-                f"{t['measured_calls']} sparse calls of the last generation"
-                + "".join(f"; target {target:g}" for target in sorted(targets))
+                f"error: {t['measured_error']:.3g} in the median, {t['worst_error']:.3g} at worst, measured "
+                f"in {t['measured_calls']} sparse calls of the last generation"
+                + "".join(f"; target {target:g}" for target in targets)
             )
         lines += [f"fallbacks: {count} x {reason}" for reason, count in t["fallbacks"].items()]
         grids = {g.grid: g for g in self.graphs if g.grid}

@@ -10,8 +10,8 @@ Precedence, highest first:
 5. the default
 
 How much is computed is said by one of density, target_error and quality. Two of them in options are an error,
-and so are two in the environment; one in options wins over another in the environment. If nothing says it, it
-is quality "balanced", or with preset "svg_ear" what the paper's top-p 0.9 finds.
+and so are two in the environment; one in options wins over another in the environment, and None says nothing.
+If nothing says it, it is quality "balanced", or with preset "svg_ear" what the paper's top-p 0.9 finds.
 
 Options that are not ours go to Inductor if Inductor knows them, `mode` too (torch.compile refuses its own
 mode= beside options=). Anything else is an error that names the nearest known setting.
@@ -107,7 +107,7 @@ def _setting(default: Any, parse: Callable[[Any], Any], allowed: str, doc: str) 
 
 
 class Quality(NamedTuple):
-    """What a quality level stands for: the relative error of each attention call, and the dense first steps."""
+    """What a level stands for: the relative error of each attention call, and the dense first steps."""
 
     target_error: float
     dense_steps: float
@@ -138,7 +138,7 @@ class Settings:
         "relative error of the output of each attention call, which its density is steered to",
     )  # fmt: skip
     density: float | None = _setting(
-        None, _optional(_share), "0 < density <= 1, or None with preset svg_ear",
+        None, _optional(_share), "0 < density <= 1",
         "exactly computed video query-key pairs over all of them in a sparse call: the same in all of them",
     )  # fmt: skip
     min_density: float = _setting(0.05, _share, "0 < min_density <= 1", "target_error does not go below it")
@@ -159,7 +159,7 @@ class Settings:
         False,
         _bool,
         BOOLEAN,
-        "each sparse call reports its error over all rows: slow, to check what is measured",
+        "each sparse call reports its error over all rows: slow, a check of what is measured",
     )
     min_tokens: int = _setting(
         8192, _integer(1), "an integer >= 1", "self attention over fewer video tokens stays dense"
@@ -276,8 +276,6 @@ def resolve(
                     f"({sources['preset']}), which means {name}={value!r}"
                 )
             derived[name] = "preset"
-    elif "density" in values and values["density"] is None:
-        raise SettingsError("options['density'] = None: only preset svg_ear allows it; else 0 < density <= 1")
     derived |= _how_much(values, sources)
     sources |= {name: source for name, source in derived.items() if sources[name] == "default"}
     settings = Settings(**values)
