@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -39,11 +39,25 @@ class SiteTotals:
         self.pairs += pairs
 
 
+class Measure(NamedTuple):
+    """What to measure in one call of one site, on rows drawn from `seed` (kernels/measure.py).
+
+    A sparse call measures its own error. A dense one tries: it measures the errors that it would have made,
+    had it been sparse, at each of `densities`.
+    """
+
+    seed: int
+    densities: tuple[float, ...] = ()
+
+
 @dataclass
 class Call:
     """One call of one compiled graph.
 
     dense: the reason for each site that runs dense in this call; absent means sparse.
+    density: per site, what its sparse call may spend, instead of the site's constant.
+    measure: per site, what is to be measured; measured: the answer, [errors, 2, B, H] float32 on the device.
+    audit: whether sparse calls leave their error over all rows, too; audited: it, per site, as in measured.
     grid: (frames, height, width) in tokens, when only the arguments of this call show it.
     carried: per site, the centroids that k-means left last time for this layer, branch and model.
     fixed: what does not depend on a call's tensors but on their shapes (`remember`).
@@ -57,6 +71,11 @@ class Call:
     """
 
     dense: dict[int, str] = field(default_factory=dict)
+    density: dict[int, float | None] = field(default_factory=dict)
+    measure: dict[int, Measure] = field(default_factory=dict)
+    measured: dict[int, Tensor] = field(default_factory=dict)
+    audit: bool = False
+    audited: dict[int, Tensor] = field(default_factory=dict)
     grid: tuple[int, int, int] | None = None
     carried: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     fixed: dict[Hashable, Any] = field(default_factory=dict)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
 
@@ -26,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import attention as attention_torch
-from . import cluster, context, permute, probe, route
+from . import cluster, context, measure, permute, probe, route
 from .plan import KEY_BLOCK, QUERY_BLOCK, Plan, block_counts, empty_plan
 
 # Decisions and carried centroids are read in Python at every call: a CUDA graph must not record one call's
@@ -46,8 +47,9 @@ class SiteConstants(NamedTuple):
     in it. grid: (frames, height, width) of the video tokens, or empty. order: how video tokens are put into
     blocks, "auto" (cubes where a grid is known, else splits), "cubes", "splits", "kmeans". routing: which
     blocks are exact, "output_error" (one budget for a batch element) or "svg_ear" (the paper). compensate:
-    whether centroids stand for skipped blocks. density: exact video query-key pairs over all of them; None:
-    as the routing finds. site: the number of the site in its graph.
+    whether centroids stand for skipped blocks. density: exact video query-key pairs over all of them, where
+    the call's context says nothing else; None: as the routing finds. site: the number of the site in its
+    graph.
     """
 
     scale: float | None
@@ -156,6 +158,7 @@ def make_plan(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | Non
     key_p, value_p, key_centroids, value_centroids = kernels.permute.gather_with_means(
         key, value, keys.order, keys.offsets, valid is not None
     )
+    density = call.density.get(c.site, c.density)
     scores = kernels.probe.probe(
         kernels.permute.gathered_means(query, queries.order, queries.offsets),
         key_p,
@@ -166,10 +169,10 @@ def make_plan(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | Non
         scale,
         c.routing,
         largest_block=None if c.order == "kmeans" else KEY_BLOCK,
-        with_mass=c.routing == "svg_ear" or c.density is None,
+        with_mass=c.routing == "svg_ear" or density is None,
     )
     routed = kernels.route.select(
-        scores, queries.offsets, keys.offsets, (vq, vk), c.routing, c.density, c.compensate
+        scores, queries.offsets, keys.offsets, (vq, vk), c.routing, density, c.compensate
     )
     call.totals.setdefault(c.site, context.SiteTotals()).add(routed.areas, B * H * (L - c.num_text) ** 2)
     plan = Plan(
@@ -239,10 +242,72 @@ def _record_failure(call: context.Call, site: int, error: Exception) -> None:
     kind = type(error).__name__
     call.dense[site] = f"failed: {kind}"
     call.counters[f"fallback: {kind}"] += 1
+    _warn_once(call, kind, f"{call.name_of(site)} ran dense because of {error!r}")
+
+
+def _warn_once(call: context.Call, kind: str, message: str) -> None:
     if kind not in call.warned:
         call.warned.add(kind)
-        message = f"svg_ear: {call.name_of(site)} ran dense because of {error!r}"
-        warnings.warn(message, RuntimeWarning, stacklevel=3)
+        warnings.warn(f"svg_ear: {message}", RuntimeWarning, stacklevel=4)
+
+
+def _measure_call(
+    query: Tensor, keys: Callable[[], tuple[Tensor, Tensor, Tensor | None]], out: Tensor, plan: Plan,
+    c: SiteConstants,
+) -> None:  # fmt: skip
+    """Measures the error of a sparse call's output, on a sample and on all rows, where the host asked for it.
+
+    keys: makes key and value, in any order, and which of them there are (None: all).
+    """
+    call = context.current()
+    request = call.measure.get(c.site)
+    if request is not None:
+
+        def sampled() -> Tensor:
+            slots = measure.sample(query.shape[2], query, request.seed)
+            tokens = plan.query_order.gather(-1, slots).long()
+            return measure.output_error(query, *keys(), out, tokens, _scale(query, c))[None]
+
+        _lay(call.measured, c, sampled)
+    if call.audit:
+        _lay(call.audited, c, lambda: measure.true_error(query, *keys(), out, _scale(query, c))[None])
+
+
+def _try_densities(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, out: Tensor, c: SiteConstants
+) -> None:
+    """In a dense call: measures what sparse ones would have lost, if the host asked for it."""
+    call = context.current()
+    request = call.measure.get(c.site)
+    if request is None or not request.densities:
+        return
+
+    def sums() -> Tensor:
+        mask = _drop_noop_mask(attn_mask, c.site)
+        slots, errors = measure.sample(query.shape[2], query, request.seed), []
+        for density in request.densities:
+            # These plans compute no output: their areas count nowhere.
+            with context.active(replace(call, density={c.site: density}, totals={})):
+                plan = make_plan(query, key, value, mask, c)
+            errors.append(measure.planned_error(query, plan, out, slots, _scale(query, c)))
+        return torch.stack(errors)
+
+    _lay(call.measured, c, sums)
+
+
+def _lay(place: dict[int, Tensor], c: SiteConstants, sums: Callable[[], Tensor]) -> None:
+    """Lays sums() there. If that fails there is no measurement: the output is right all the same."""
+    call = context.current()
+    try:
+        place[c.site] = sums()
+    except Exception as error:
+        if isinstance(error, torch.AcceleratorError):
+            raise
+        if call.strict:
+            raise SiteError(f"svg_ear: measuring {call.name_of(c.site)} failed: {error!r}") from error
+        kind = type(error).__name__
+        call.counters[f"not measured: {kind}"] += 1
+        _warn_once(call, f"measuring: {kind}", f"{call.name_of(c.site)} was not measured: {error!r}")
 
 
 def _checked(out: Tensor, query: Tensor) -> Tensor:
@@ -316,6 +381,7 @@ def sparse_exact(
 
     def dense() -> tuple[Tensor, Tensor]:
         out = dense_attention(query, *_dense_keys(key, value, attn_mask, c.site), c.scale)
+        _try_densities(query, key, value, attn_mask, out, c)
         return out, query.new_empty(query.shape[:-1], dtype=torch.float32)
 
     return _sparse_or_dense(query, c, sparse, dense, alone=False)
@@ -343,19 +409,22 @@ def centroid_compensation(query: Tensor, out: Tensor, lse: Tensor, *plan_and_con
     plan, c = _unpack(plan_and_constants)
     out_is_dense = c.site in context.current().dense
 
+    def keys() -> tuple[Tensor, Tensor, Tensor]:
+        slots = torch.arange(query.shape[2], device=query.device)
+        return plan.key, plan.value, (slots < plan.key_offsets[..., -1:])[:, :, None, :]
+
     def sparse() -> Tensor:
         merged, variable = like_output(query), c.order == "kmeans"
         merged = _kernels(query).attention.centroid_compensation(
             query, out, lse, plan, _scale(query, c), merged, variable
         )
-        return _checked(merged, query)
+        _measure_call(query, keys, _checked(merged, query), plan, c)
+        return merged
 
     def dense() -> Tensor:
         if out_is_dense:
             return like_output(query).copy_(out)
-        slots = torch.arange(query.shape[2], device=query.device)
-        seen = (slots < plan.key_offsets[..., -1:])[:, :, None, :]
-        return dense_attention(query, plan.key, plan.value, seen, c.scale)
+        return dense_attention(query, *keys(), c.scale)
 
     return _sparse_or_dense(query, c, sparse, dense)
 
@@ -373,13 +442,17 @@ def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | Non
     c = SiteConstants(*constants)
 
     def sparse() -> Tensor:
-        plan = make_plan(query, key, value, _drop_noop_mask(attn_mask, c.site), c)
+        mask = _drop_noop_mask(attn_mask, c.site)
+        plan = make_plan(query, key, value, mask, c)
         out = like_output(query)
         out = _kernels(query).attention.attend(query, plan, _scale(query, c), out, c.order == "kmeans")
-        return _checked(out, query)
+        _measure_call(query, lambda: (key, value, mask), _checked(out, query), plan, c)
+        return out
 
     def dense() -> Tensor:
-        return dense_attention(query, *_dense_keys(key, value, attn_mask, c.site), c.scale)
+        out = dense_attention(query, *_dense_keys(key, value, attn_mask, c.site), c.scale)
+        _try_densities(query, key, value, attn_mask, out, c)
+        return out
 
     return _sparse_or_dense(query, c, sparse, dense)
 

@@ -1,8 +1,9 @@
 """What does the host do around one call of a compiled graph? Looks at its arguments, decides, runs, counts.
 
-For each rewritten site it decides whether this call is dense, and lays that, the frame grid and carried
-centroids into the context that the ops read. It reads from the device at most: one timestep per call (graphs
-of whole models), or a few numbers of the timestep embedding and of a rotary table per model call.
+For each rewritten site it decides whether this call is dense, how dense otherwise and whether its error is
+measured (control.py), and lays that, the frame grid and carried centroids into the context that the ops read.
+It reads from the device at most: one timestep per call (graphs of whole models), or a few numbers of the
+timestep embedding and of a rotary table per model call; and errors that were measured two steps before.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import schedule
+from .control import Control, Decision
 from .kernels import context
 from .passes.site import GraphInputs
 from .records import GraphRecord
@@ -59,6 +61,20 @@ class _Thread:
     masks: SeenKeys = field(default_factory=SeenKeys)
 
 
+class _Visit(NamedTuple):
+    """A site in one call: which layer it is, what controls it, and what was decided at which step.
+
+    stamp: the generation, the shape and the device.
+    """
+
+    site: int
+    layer: Layer
+    control: Control
+    tick: schedule.Tick
+    stamp: Any
+    decision: Decision
+
+
 class SparseCallable:
     """The compiled callable of a graph with rewritten sites."""
 
@@ -70,29 +86,31 @@ class SparseCallable:
         self._warned: set[str] = set()
         self._fixed: dict[Any, Any] = {}
         self._names = {site.site: site.module_path for site in record.sites}
+        self._unnamed: dict[tuple[int, int], Layer] = {}
 
     def __call__(self, *args: Any) -> Any:
         call = context.Call(
             strict=self.settings.strict, warned=self._warned, names=self._names, fixed=self._fixed
         )
-        kept: list[tuple[int, Layer, Any]] = []
+        visits: list[_Visit] = []
         try:
-            kept = self._prepare(call, args)
+            visits = self._prepare(call, args)
         except Exception as error:  # noqa: BLE001 - whatever it was, dense attention is still right
             self._give_up(call, error)
         planned = dict(call.dense)
         with context.active(call):
             out = self.compiled(*args)
-        self._count(call, args, planned, kept)
+        self._count(call, args, planned, visits)
         return out
 
-    def _prepare(self, call: context.Call, args: tuple[Any, ...]) -> list[tuple[int, Layer, Any]]:
-        """Fills the context; returns the layers whose centroids are to be kept, each with its stamp."""
+    def _prepare(self, call: context.Call, args: tuple[Any, ...]) -> list[_Visit]:
+        """Fills the context; returns what to do with what the call leaves in it."""
         clock = schedule.clock()
         plan, settings, record = self.plan, self.settings, self.record
         video = None if plan.video is None else args[plan.video]
         shape = None if video is None else tuple(video.shape[1:])
         device = next(x.device for x in args if isinstance(x, Tensor)) if video is None else video.device
+        frozen = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         self._tick(clock, args, shape)
         tick = clock.tick
         num_steps, source = clock.num_steps(settings.num_steps)
@@ -101,6 +119,7 @@ class SparseCallable:
         call.totals = record.totals_on(device)
         call.mask_ids = plan.mask_ids
         call.counters = record.fallbacks
+        call.audit = settings.audit and not frozen
         known = self._known()
         if plan.needs_grid and plan.inputs.rotary:
             call.grid = record.grid = self._grid(known, [args[i] for i in plan.inputs.rotary])
@@ -109,27 +128,58 @@ class SparseCallable:
             known.masks.recall(call.seen_keys, number, args, positions)
 
         stamp = (tick.generation, shape, device)
-        kept = []
+        visits = []
         for site in plan.sites:
             weight = plan.inputs.parameters.get(site)
-            parameter = None if weight is None else args[weight]
-            layer = (
-                layers.layer(parameter, clock.model) if isinstance(parameter, torch.nn.Parameter) else None
-            )
-            number = clock.position if layer is None else layer.number
+            layer = self._layer(None if weight is None else args[weight], site, clock)
             clock.position += 1
+            control = layers.control(layer, tick.branch, stamp, lambda: Control(settings))
+            is_dense = settings.is_dense_layer(layer.number)
             if tick.step < first:
-                call.dense[site] = f"step {tick.step + 1} of {first} dense warm-up steps"
-                record.dense[site]["warm-up steps"] += 1
-            elif settings.is_dense_layer(number):
-                call.dense[site] = f"layer {number} is dense"
-                record.dense[site]["dense layers"] += 1
-            elif settings.order == "kmeans" and layer is not None:
-                carried = layers.carried(layer, tick.branch, stamp)
-                if carried is not None:
-                    call.carried[site] = carried
-                kept.append((site, layer, (tick.branch, stamp)))
-        return kept
+                why = f"step {tick.step + 1} of {first} dense warm-up steps"
+                trial = None if is_dense or frozen else control.warm_up(tick.step, first)
+                decision = Decision(why, "warm-up steps", measure=trial)
+            elif is_dense:
+                decision = Decision(f"layer {layer.number} is dense", "dense layers")
+            else:
+                decision = control.decide(tick.step, frozen)
+            visits.append(_Visit(site, layer, control, tick, stamp, decision))
+            record.controls[site, layer.model.number, layer.number, tick.branch] = control
+            self._lay_out(call, visits[-1])
+        return visits
+
+    def _layer(self, parameter: Any, site: int, clock: schedule.Clock) -> Layer:
+        """The layer of a site; where no Parameter names it, it is the next of the running call."""
+        if isinstance(parameter, torch.nn.Parameter):
+            return layers.layer(parameter, clock.model)
+        key = (site, clock.position)
+        if key not in self._unnamed:
+            self._unnamed[key] = Layer(clock.model, clock.position)
+        return self._unnamed[key]
+
+    def _lay_out(self, call: context.Call, visit: _Visit) -> None:
+        """Puts a decision into the context."""
+        site, decision, tick = visit.site, visit.decision, visit.tick
+        if decision.measure is not None:
+            seed = hash((self.settings.seed, visit.layer.number, tick.branch, tick.step)) % 2**63
+            call.measure[site] = context.Measure(seed, decision.measure)
+        if decision.dense:
+            call.dense[site] = decision.dense
+            self.record.dense[site][decision.counter] += 1
+        else:
+            call.density[site] = decision.density
+        if self._clusters(visit):
+            carried = layers.carried(visit.layer, tick.branch, visit.stamp)
+            if carried is not None:
+                call.carried[site] = carried
+
+    def _clusters(self, visit: _Visit) -> bool:
+        """Whether k-means runs in this call, for a layer that can be told again."""
+        decision = visit.decision
+        runs = not decision.dense or decision.measure is not None
+        return (
+            runs and self.settings.order == "kmeans" and (visit.site, visit.layer.number) not in self._unnamed
+        )
 
     def _tick(self, clock: schedule.Clock, args: tuple[Any, ...], shape: Any) -> None:
         """Tells the clock, if this call is the first of a call of its model."""
@@ -180,21 +230,21 @@ class SparseCallable:
             warnings.warn(f"svg_ear: a graph runs dense because of {error!r}", RuntimeWarning, stacklevel=2)
 
     def _count(
-        self,
-        call: context.Call,
-        args: tuple[Any, ...],
-        planned: dict[int, str],
-        kept: list[tuple[int, Layer, Any]],
+        self, call: context.Call, args: tuple[Any, ...], planned: dict[int, str], visits: list[_Visit]
     ) -> None:
-        """Afterwards: which sites ran sparse, the centroids they left, what their masks turned out to be."""
+        """Afterwards: which sites ran sparse, what they measured and found, what their masks show."""
         for site in self.plan.sites:
             if site not in call.dense:
                 self.record.sparse[site] += 1
             elif site not in planned:
                 self.record.dense[site]["failures"] += 1
-        for site, layer, (branch, stamp) in kept:
-            if site in call.carried:
-                layers.keep(layer, branch, stamp, call.carried[site])
+        for visit in visits:
+            site, decision = visit.site, visit.decision
+            if site in call.dense and site not in planned:
+                decision = Decision(call.dense[site], "failures")
+            visit.control.ran(visit.tick.step, decision, call.measured.get(site), call.audited.get(site))
+            if self._clusters(visit) and site in call.carried:
+                layers.keep(visit.layer, visit.tick.branch, visit.stamp, call.carried[site])
         for number, positions in self.plan.masks.items():
             self._known().masks.keep(call.seen_keys, number, args, positions)
 

@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
+from .control import Control
 from .kernels.context import SiteTotals
 from .passes.site import Site
 from .settings import Resolved
@@ -70,7 +71,8 @@ class GraphRecord:
     other_attention: targets of nodes that look like attention but are no SDPA call. failure: the error that
     made us hand the graph on untouched. clock: what the step clock reads. steps: what it says now. grid:
     (frames, height, width) in tokens, where only the arguments of a call show it. fallbacks: at run time, by
-    reason. totals: per device and thread, the sums that the ops keep.
+    reason. totals: per device and thread, the sums that the ops keep. controls: of each layer's last
+    generation, by site, model, layer and branch; they live with the layers (state.py).
     """
 
     number: int
@@ -85,6 +87,9 @@ class GraphRecord:
     dense: dict[int, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     fallbacks: Counter[str] = field(default_factory=Counter)
     totals: dict[Any, dict[int, SiteTotals]] = field(default_factory=dict)
+    controls: weakref.WeakValueDictionary[tuple[int, int, int, int], Control] = field(
+        default_factory=weakref.WeakValueDictionary
+    )
 
     def rewritten(self) -> list[SiteRecord]:
         return [site for site in self.sites if site.rewritten]

@@ -13,16 +13,19 @@ from typing import Any
 
 from tabulate import tabulate
 
+from . import errors
+from .errors import CallError
 from .records import GraphRecord, SiteRecord, live_records
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
 class SiteReport:
     """One attention site of one graph, with what it cost.
 
-    planned_density: as set; None where the routing finds its own. flops_*: of one call. measured_density and
+    planned_density: as set; None where the routing finds its own, or where target_error is set instead.
+    flops_*: of one call, planned ones as dense where the density is not known. measured_density and
     executed_area: of the sparse calls so far (executed counts the padding of tiles); mean_density: of all
     calls, dense ones as 1. None before the first call. dense_calls: by reason.
     """
@@ -30,6 +33,7 @@ class SiteReport:
     graph: int
     decision: SiteRecord
     planned_density: float | None
+    target_error: float | None
     flops_dense: int
     flops_planned: int
     sparse_calls: int
@@ -61,8 +65,16 @@ class Report:
             "measured_density": _mean([s.measured_density for s in rewritten]),
             "executed_area": _mean([s.executed_area for s in rewritten]),
             "mean_density": _mean([s.mean_density for s in rewritten]),
+            **errors.summary(self.errors()),
             "fallbacks": dict(sum((graph.fallbacks for graph in self.graphs), Counter())),
         }
+
+    def errors(self) -> list[CallError]:
+        """Density, target and measured error of each layer at each step of its last generation."""
+        return [error for graph in self.graphs for error in errors.call_errors(graph)]
+
+    def print_errors(self) -> None:
+        print(errors.table(self.errors()))
 
     def to_json(self) -> str:
         """The report as JSON; `schema` counts up whenever a key changes its meaning or goes away."""
@@ -84,6 +96,7 @@ class Report:
                     "grid": graph.grid,
                     "fallbacks": dict(graph.fallbacks),
                     "sites": sites,
+                    "errors": [asdict(error) for error in errors.call_errors(graph)],
                 }
             )
         about = {"schema": SCHEMA_VERSION, "svg_ear_compile": version("svg-ear-compile")}
@@ -159,6 +172,13 @@ class Report:
                 f"density: {t['measured_density']:.3f} in sparse calls, {t['executed_area']:.3f} executed "
                 f"with padding, {t['mean_density']:.3f} over all calls"
             )
+        if t["measured_calls"]:
+            targets = sorted({s.target_error for s in self.sites if s.target_error is not None})
+            lines.append(
+                f"error: {t['measured_error']:.3g} in the median, {t['worst_error']:.3g} at worst, measured "
+                f"in {t['measured_calls']} sparse calls of the last generation"
+                + "".join(f"; target {target:g}" for target in targets)
+            )
         lines += [f"fallbacks: {count} x {reason}" for reason, count in t["fallbacks"].items()]
         grids = {g.grid: g for g in self.graphs if g.grid}
         lines += [f"frame grid: {t} x {h} x {w}, read off the rotary tables" for t, h, w in grids]
@@ -173,18 +193,21 @@ def _mean(values: Iterable[float | None]) -> float | None:
 def _density(site: SiteReport) -> str:
     if not site.decision.rewritten:
         return ""
+    if site.target_error is not None:
+        return f"to {site.target_error:g}"
     return "as routed" if site.planned_density is None else f"{site.planned_density:g}"
 
 
 def _site_report(graph: GraphRecord, site: SiteRecord) -> SiteReport:
-    density = graph.resolved.settings.density if site.rewritten else None
+    settings = graph.resolved.settings
+    density, target = (settings.density, settings.target_error) if site.rewritten else (None, None)
     exact, executed, pairs = graph.measured(site.site)
     sparse, dense = graph.sparse[site.site], dict(graph.dense.get(site.site, {}))
     share = exact / pairs if pairs else None
     calls = sparse + sum(dense.values())
     mean = ((share or 0.0) * sparse + calls - sparse) / calls if calls and (pairs or not sparse) else None
     return SiteReport(
-        graph.number, site, density, site.flops_dense, site.flops_planned(density), sparse, dense,
+        graph.number, site, density, target, site.flops_dense, site.flops_planned(density), sparse, dense,
         share, executed / pairs if pairs else None, mean,
     )  # fmt: skip
 

@@ -5,8 +5,13 @@ Precedence, highest first:
 1. `SVG_EAR=0`: everything off, whatever else is set
 2. `torch.compile(..., options={"density": 0.3})`
 3. the environment, `SVG_EAR_DENSITY=0.3`, read whenever a graph is compiled; empty means unset
-4. derived from another setting: preset "svg_ear" sets order, routing, and the density if none is given
+4. derived from another setting: preset "svg_ear" sets order, routing, and the density; quality sets
+   target_error and dense_steps
 5. the default
+
+How much is computed is said by one of density, target_error and quality. Two of them in options are an error,
+and so are two in the environment; one in options wins over another in the environment, and None says nothing.
+If nothing says it, it is quality "balanced", or with preset "svg_ear" what the paper's top-p 0.9 finds.
 
 Options that are not ours go to Inductor if Inductor knows them, `mode` too (torch.compile refuses its own
 mode= beside options=). Anything else is an error that names the nearest known setting.
@@ -15,6 +20,7 @@ mode= beside options=). Anything else is an error that names the nearest known s
 from __future__ import annotations
 
 import difflib
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -49,10 +55,14 @@ def _choice(*names: str) -> Callable[[Any], str]:
     return lambda value: {name: name for name in names}[value.strip().lower()]
 
 
-def _density(value: Any) -> float | None:
-    if value is None:
-        return None
+def _share(value: Any) -> float:
     if isinstance(value, bool) or not 0 < float(value) <= 1:
+        raise ValueError
+    return float(value)
+
+
+def _error(value: Any) -> float:
+    if isinstance(value, bool) or not 0 <= float(value) < math.inf:
         raise ValueError
     return float(value)
 
@@ -96,15 +106,61 @@ def _setting(default: Any, parse: Callable[[Any], Any], allowed: str, doc: str) 
     return field(default=default, metadata={"parse": parse, "allowed": allowed, "doc": doc})
 
 
+class Quality(NamedTuple):
+    """What a level stands for: the relative error of each attention call, and the dense first steps."""
+
+    target_error: float
+    dense_steps: float
+
+
+QUALITY = {
+    "lossless-ish": Quality(0.01, 0.3),
+    "high": Quality(0.02, 0.2),
+    "balanced": Quality(0.04, 0.2),
+    "turbo": Quality(0.08, 0.1),
+}
+DEFAULT_QUALITY = "balanced"
+GUARD = 3.0
+"""Where max_error is not set, it is so many times the target."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """All settings of one compile: each field is an option, and a variable SVG_EAR_<NAME>."""
 
-    density: float | None = _setting(
-        0.25, _density, "0 < density <= 1, or None with preset svg_ear",
-        "exactly computed video query-key pairs over all of them in a sparse call; "
-        "with preset svg_ear the default is what the paper's top-p 0.9 finds",
+    quality: str | None = _setting(
+        DEFAULT_QUALITY, _optional(_choice(*QUALITY)), "lossless-ish, high, balanced or turbo",
+        "names target_error and dense_steps: "
+        + ", ".join(f"{name} {q.target_error:g} and {q.dense_steps:g}" for name, q in QUALITY.items()),
     )  # fmt: skip
+    target_error: float | None = _setting(
+        QUALITY[DEFAULT_QUALITY].target_error, _optional(_share), "0 < target_error <= 1",
+        "relative error of the output of each attention call, which its density is steered to",
+    )  # fmt: skip
+    density: float | None = _setting(
+        None, _optional(_share), "0 < density <= 1",
+        "exactly computed video query-key pairs over all of them in a sparse call: the same in all of them",
+    )  # fmt: skip
+    min_density: float = _setting(0.05, _share, "0 < min_density <= 1", "target_error does not go below it")
+    max_density: float = _setting(
+        0.6, _share, "0 < max_density <= 1",
+        "where target_error needs more than this, sparsity would not pay: such calls run dense",
+    )  # fmt: skip
+    max_error: float | None = _setting(
+        None, _optional(_error), "a number >= 0; 0 switches it off",
+        f"a layer with a larger measured error runs dense from then on; else {GUARD:g} x target_error, "
+        "and with density off",
+    )  # fmt: skip
+    measure_every: int = _setting(
+        4, _integer(0), "an integer >= 0; 0 means never",
+        "every so many sparse calls of a layer the error is measured on a sample of its rows",
+    )  # fmt: skip
+    audit: bool = _setting(
+        False,
+        _bool,
+        BOOLEAN,
+        "each sparse call reports its error over all rows: slow, a check of what is measured",
+    )
     min_tokens: int | None = _setting(
         None, _optional(_integer(1)), "an integer >= 1",
         "self attention over fewer video tokens stays dense; unset: 8192, and where speeds were measured for "
@@ -158,6 +214,13 @@ class Settings:
         """How blocks are chosen: follows from the preset."""
         return "svg_ear" if self.preset == "svg_ear" else "output_error"
 
+    @property
+    def guard(self) -> float:
+        """The measured error above which a layer runs dense; infinite: none."""
+        if self.max_error is not None:
+            return self.max_error or math.inf
+        return math.inf if self.target_error is None else GUARD * self.target_error
+
     def is_dense_layer(self, layer: int) -> bool:
         return any(first <= layer <= last for first, last in self.dense_layers)
 
@@ -206,6 +269,7 @@ def resolve(
             values[name], sources[name] = _parse(f, options[name], f"options[{name!r}]"), "options"
         elif environ.get(variable, "").strip():
             values[name], sources[name] = _parse(f, environ[variable], variable), variable
+    derived: dict[str, str] = {}
     if values.get("preset") == "svg_ear":
         for name, value in {"order": "kmeans", "compensate": True}.items():
             if values.setdefault(name, value) != value:
@@ -213,11 +277,56 @@ def resolve(
                     f"{name}={values[name]!r} ({sources[name]}) contradicts preset 'svg_ear' "
                     f"({sources['preset']}), which means {name}={value!r}"
                 )
-        values.setdefault("density", None)
-        sources = {k: "preset" if k in values and v == "default" else v for k, v in sources.items()}
-    elif "density" in values and values["density"] is None:
-        raise SettingsError("options['density'] = None: only preset svg_ear allows it; else 0 < density <= 1")
-    return Resolved(Settings(**values), inductor, state, sources)
+            derived[name] = "preset"
+    derived |= _how_much(values, sources)
+    sources |= {name: source for name, source in derived.items() if sources[name] == "default"}
+    settings = Settings(**values)
+    _check_error_settings(settings, sources)
+    return Resolved(settings, inductor, state, sources)
+
+
+def _how_much(values: dict[str, Any], sources: dict[str, str]) -> dict[str, str]:
+    """Leaves one of density, target_error and quality in values, with what follows from it.
+
+    Returns the sources of what follows.
+    """
+    rivals = ("density", "target_error", "quality")
+    said = [name for name in rivals if values.get(name) is not None]
+    for name in set(rivals) - set(said):
+        values.pop(name, None)
+    chosen = [name for name in said if sources[name] == "options"] or said
+    if len(chosen) > 1:
+        first, second = (f"{name}={values[name]!r} ({sources[name]})" for name in chosen[:2])
+        raise SettingsError(f"{first} contradicts {second}: each says how much is computed, so set one")
+    for name in set(said) - set(chosen):
+        sources[name] = "default"
+    if not chosen:
+        if values.get("preset") == "svg_ear":
+            values |= dict.fromkeys(rivals)
+            return dict.fromkeys(rivals, "preset")
+        return {}
+    (only,) = chosen
+    values |= {name: values[name] if name == only else None for name in rivals}
+    derived = dict.fromkeys(rivals, only)
+    if only == "quality":
+        level = QUALITY[values["quality"]]
+        values["target_error"] = level.target_error
+        values.setdefault("dense_steps", level.dense_steps)
+        derived["dense_steps"] = "quality"
+    return derived
+
+
+def _check_error_settings(settings: Settings, sources: dict[str, str]) -> None:
+    """What is steered or guarded must be measured."""
+
+    def said(name: str) -> str:
+        return f"{name}={getattr(settings, name)!r} ({sources[name]})"
+
+    if settings.min_density > settings.max_density:
+        raise SettingsError(f"{said('min_density')} is more than {said('max_density')}")
+    needs = "target_error" if settings.target_error is not None else "max_error" if settings.max_error else ""
+    if needs and not settings.measure_every:
+        raise SettingsError(f"{said('measure_every')} contradicts {said(needs)}, which needs measurements")
 
 
 def _parse(f: Any, value: Any, source: str) -> Any:

@@ -4,8 +4,8 @@ A layer is known by the Parameter of its query projection: the object, weakly he
 offload, and an id may come back with another object. A graph of a single block is shared by all layers, and
 by the layers of other models; the Parameter that a call brings along tells them apart.
 
-Centroids (order "kmeans" only) are kept per layer and branch. They go away with the model, with
-torch._dynamo.reset(), with a new generation, and when shape or device change.
+Centroids (order "kmeans" only) and what controls the density (control.py) are kept per layer and branch. They
+go away with the model, with torch._dynamo.reset(), with a new generation, and when shape or device change.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .control import Control
+
 MAX_BRANCHES = 8
-"""Centroids of so many branches are kept per layer, the oldest goes first: guidance needs 2 or 4."""
+"""Of so many branches something is kept per layer, the oldest goes first: guidance needs 2 or 4."""
 
 Centroids = tuple[Tensor, Tensor]
 
@@ -40,6 +42,7 @@ class Layer:
     model: Model
     number: int
     carried: OrderedDict[int, tuple[Hashable, Centroids]] = field(default_factory=OrderedDict)
+    controls: OrderedDict[tuple[int, Hashable], Control] = field(default_factory=OrderedDict)
 
 
 class Layers:
@@ -84,6 +87,17 @@ class Layers:
             layer.carried.move_to_end(branch)
             while len(layer.carried) > MAX_BRANCHES:
                 layer.carried.popitem(last=False)
+
+    def control(self, layer: Layer, branch: int, stamp: Hashable, make: Callable[[], Control]) -> Control:
+        """What controls this layer in this branch under this stamp, made where it is new."""
+        with self._lock:
+            key = (branch, stamp)
+            if key not in layer.controls:
+                layer.controls[key] = make()
+                while len(layer.controls) > MAX_BRANCHES:
+                    layer.controls.popitem(last=False)
+            layer.controls.move_to_end(key)
+            return layer.controls[key]
 
     def clear(self) -> None:
         with self._lock:

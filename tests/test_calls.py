@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,9 +16,11 @@ from svg_ear_compile.kernels import context
 from svg_ear_compile.passes.site import GraphInputs
 from svg_ear_compile.records import GraphRecord
 from svg_ear_compile.settings import resolve
+from svg_ear_compile.state import layers as state
 
 VIDEO, TIME, ROTARY, MASK, WEIGHT = range(5)
-SPARSE = {"dense_steps": 0, "dense_layers": 0, "strict": True}
+SPARSE = {"dense_steps": 0, "dense_layers": 0, "strict": True, "density": 0.25}
+STEERED = {**SPARSE, "density": None, "target_error": 0.1, "measure_every": 1}
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +38,8 @@ class Graph:
         self.mask_reads = 0
         self.fail: set[int] = set()
         self.leave: dict[int, tuple[Tensor, Tensor]] = {}
+        self.error = 0.0
+        """What every call measures, whatever its density."""
 
     def __call__(self, *args: Any) -> str:
         call = context.current()
@@ -44,6 +49,9 @@ class Graph:
             call.seen_keys[0] = int(args[MASK].sum())
         call.dense |= dict.fromkeys(self.fail, "failed: ValueError")
         call.carried |= self.leave
+        for request in call.measure.values():
+            errors = torch.full((len(request.densities) or 1,), self.error)
+            call.measured[0] = torch.stack([errors**2, torch.ones_like(errors)], 1)[..., None, None]
         return "out"
 
 
@@ -220,3 +228,90 @@ def test_strict_raises_before_a_call(layers: list[nn.Parameter], monkeypatch: py
     with pytest.raises(ZeroDivisionError):
         model_call(run, layers, 9.0)
     assert not graph.contexts
+
+
+def seen(graph: Graph) -> list[tuple[float | None, bool]]:
+    """(density, whether it measured) of each call; density None: dense."""
+    return [(None if call.dense else call.density[0], 0 in call.measure) for call in graph.contexts]
+
+
+def test_a_set_density_is_laid_out_and_measured(layers: list[nn.Parameter]) -> None:
+    run, graph, _ = block({"density": 0.3, "measure_every": 2})
+    for time in (9.0, 8.0, 7.0):
+        model_call(run, layers[:1], time)
+    assert seen(graph) == [(0.3, True), (0.3, False), (0.3, True)]
+
+
+def test_errors_of_two_steps_ago_steer_each_layer_and_branch_by_itself(layers: list[nn.Parameter]) -> None:
+    run, graph, _ = block(STEERED)
+    for time in (9.0, 8.0, 7.0):
+        for branch in range(2):
+            graph.error = 0.12 * branch  # the unconditional calls need more
+            model_call(run, layers[:2], time)
+    densities = [density or 1.0 for density, _ in seen(graph)]
+    cautious = densities[0]
+    assert densities[:8] == [cautious] * 8
+    assert all(density < cautious for density in densities[8:10])
+    assert all(density > cautious for density in densities[10:])
+    seeds = [call.measure[0].seed for call in graph.contexts]
+    assert len(set(seeds)) == len(seeds), "all draw rows of their own"
+
+
+def test_warm_up_steps_try_densities_once_and_dense_layers_never(layers: list[nn.Parameter]) -> None:
+    run, graph, _ = block({**STEERED, "dense_steps": 3, "num_steps": 5, "dense_layers": "1-1"})
+    graph.error = 0.1
+    for time in (9.0, 8.0, 7.0, 6.0):
+        model_call(run, layers[:2], time)
+    assert [(call.dense != {}, 0 in call.measure) for call in graph.contexts] == (
+        [(True, False)] * 2
+        + [(True, True), (True, False)]
+        + [(True, False)] * 2
+        + [(False, True), (True, False)]
+    )
+    assert len(graph.contexts[2].measure[0].densities) == 2
+
+
+def test_a_new_generation_starts_anew_and_goes_the_same_way(layers: list[nn.Parameter]) -> None:
+    run, graph, _ = block({**STEERED, "num_steps": 6})
+    graph.error = 0.03
+    for _ in range(2):
+        for time in (9.0, 8.0, 7.0, 6.0, 5.0, 4.0):
+            model_call(run, layers[:1], time)
+    first, second = seen(graph)[:6], seen(graph)[6:]
+    assert first == second
+    assert first[0] != first[-1]
+    assert [c.measure for c in graph.contexts[:6]] == [c.measure for c in graph.contexts[6:]]
+
+
+def test_the_guard_is_named_and_counted(layers: list[nn.Parameter]) -> None:
+    run, graph, _ = block({"density": 0.3, "max_error": 0.5, "measure_every": 1})
+    graph.error = 0.6
+    for time in (9.0, 8.0, 7.0, 6.0):
+        model_call(run, layers, time)
+    reason = "its error was 0.6, more than max_error 0.5"
+    assert [call.dense.get(0) for call in graph.contexts] == [None] * 6 + [reason] * 6
+    assert run.record.dense[0] == {"error beyond max_error": 6}
+
+
+def test_a_failed_call_counts_as_dense_for_the_control(layers: list[nn.Parameter]) -> None:
+    run, graph, _ = block({"density": 0.3})
+    graph.fail = {0}
+    model_call(run, layers[:1], 9.0)
+    (control,) = run.record.controls.values()
+    assert control.steps[0].decision.counter == "failures"
+
+
+def test_controls_live_as_long_as_their_layers(layers: list[nn.Parameter]) -> None:
+    run, _, _ = block(STEERED)
+    model_call(run, layers, 9.0)
+    assert len(run.record.controls) == 3
+    state.clear()  # as torch._dynamo.reset() does
+    gc.collect()
+    assert not run.record.controls
+
+
+def test_audit_asks_for_true_errors(layers: list[nn.Parameter]) -> None:
+    for audit in (False, True):
+        run, graph, _ = block({"audit": audit})
+        model_call(run, layers[:1], 9.0)
+        assert graph.contexts[0].audit == audit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,13 @@ def test_defaults() -> None:
     [
         ("density", "0.5", 0.5),
         ("density", "1", 1.0),
+        ("quality", "Turbo", "turbo"),
+        ("target_error", "0.03", 0.03),
+        ("min_density", "0.1", 0.1),
+        ("max_density", "1", 1.0),
+        ("max_error", "0", 0.0),
+        ("measure_every", "2", 2),
+        ("audit", "1", True),
         ("min_tokens", "512", 512),
         ("sites", "blocks.*.attn1, *.attn", ("blocks.*.attn1", "*.attn")),
         ("dense_steps", "6", 6),
@@ -64,7 +72,15 @@ def test_an_option_and_its_variable_mean_the_same(name: str, text: str, expected
         ("density", 1.01),
         ("density", "nan"),
         ("density", True),
-        ("density", None),
+        ("quality", "best"),
+        ("target_error", 0),
+        ("target_error", 1.5),
+        ("min_density", 0),
+        ("max_density", 2),
+        ("max_error", -1),
+        ("max_error", "inf"),
+        ("measure_every", 1.5),
+        ("audit", "maybe"),
         ("min_tokens", 0),
         ("min_tokens", 1.5),
         ("sites", 3),
@@ -101,8 +117,8 @@ def test_nonsense_in_the_environment_names_the_variable() -> None:
 @pytest.mark.parametrize(
     ("options", "environ", "density", "source"),
     [
-        ({}, {}, 0.25, "default"),
-        ({}, {"SVG_EAR_DENSITY": ""}, 0.25, "default"),
+        ({}, {}, None, "default"),
+        ({}, {"SVG_EAR_DENSITY": ""}, None, "default"),
         ({}, {"SVG_EAR_DENSITY": "0.3"}, 0.3, "SVG_EAR_DENSITY"),
         ({"density": 0.4}, {"SVG_EAR_DENSITY": "0.3"}, 0.4, "options"),
         ({"density": 0.4}, {"SVG_EAR_DENSITY": "nonsense"}, 0.4, "options"),
@@ -117,6 +133,77 @@ def test_precedence(
 ) -> None:
     resolved = resolve(options, environ)
     assert (resolved.settings.density, resolved.sources["density"]) == (density, source)
+
+
+HOW_MUCH: list[tuple[dict[str, Any], dict[str, str], tuple[Any, ...]]] = [
+    # options, environment, (quality, target_error, density, dense_steps)
+    ({}, {}, ("balanced", 0.04, None, 0.2)),
+    ({"quality": "turbo"}, {}, ("turbo", 0.08, None, 0.1)),
+    ({"quality": "turbo", "dense_steps": 3}, {}, ("turbo", 0.08, None, 3)),
+    ({"quality": "lossless-ish"}, {"SVG_EAR_DENSE_STEPS": "0"}, ("lossless-ish", 0.01, None, 0)),
+    ({}, {"SVG_EAR_QUALITY": "high"}, ("high", 0.02, None, 0.2)),
+    ({"density": None}, {}, ("balanced", 0.04, None, 0.2)),
+    ({"target_error": 0.03}, {}, (None, 0.03, None, 0.2)),
+    ({"density": 0.3}, {}, (None, None, 0.3, 0.2)),
+    ({"density": 0.3}, {"SVG_EAR_QUALITY": "high"}, (None, None, 0.3, 0.2)),
+    ({"quality": "high"}, {"SVG_EAR_TARGET_ERROR": "0.3", "SVG_EAR_DENSITY": "1"}, ("high", 0.02, None, 0.2)),
+    ({"preset": "svg_ear"}, {}, (None, None, None, 0.2)),
+    ({"preset": "svg_ear", "density": 0.2}, {}, (None, None, 0.2, 0.2)),
+    ({"preset": "svg_ear", "target_error": 0.05}, {}, (None, 0.05, None, 0.2)),
+    ({"preset": "svg_ear"}, {"SVG_EAR_QUALITY": "turbo"}, ("turbo", 0.08, None, 0.1)),
+]
+
+
+@pytest.mark.parametrize(("options", "environ", "expected"), HOW_MUCH)
+def test_one_of_density_target_error_and_quality_says_how_much(
+    options: dict[str, Any], environ: dict[str, str], expected: tuple[Any, ...]
+) -> None:
+    s = resolve(options, environ).settings
+    assert (s.quality, s.target_error, s.density, s.dense_steps) == expected
+
+
+def test_where_values_come_from() -> None:
+    sources = resolve({"quality": "high"}, {"SVG_EAR_DENSITY": "0.3"}).sources
+    names = ("quality", "target_error", "density", "dense_steps")
+    assert [sources[name] for name in names] == ["options", "quality", "quality", "quality"]
+    assert resolve({"density": 0.3}, {}).sources["target_error"] == "density"
+
+
+@pytest.mark.parametrize(
+    ("options", "environ", "first", "second"),
+    [
+        (
+            {"density": 0.2, "target_error": 0.1},
+            {},
+            r"density=0.2 \(options\)",
+            r"target_error=0.1 \(options\)",
+        ),
+        ({"density": 0.2, "quality": "high"}, {}, "density=0.2", r"quality='high' \(options\)"),
+        ({"target_error": 0.1, "quality": "high"}, {}, "target_error=0.1", "quality='high'"),
+        (
+            {},
+            {"SVG_EAR_DENSITY": ".2", "SVG_EAR_QUALITY": "high"},
+            r"density=0.2 \(SVG_EAR_DENSITY\)",
+            r"quality='high' \(SVG_EAR_QUALITY\)",
+        ),
+        ({"min_density": 0.7}, {}, r"min_density=0.7 \(options\)", r"max_density=0.6 \(default\)"),
+        ({"measure_every": 0}, {}, "measure_every=0", r"target_error=0.04 \(default\)"),
+        ({"density": 0.2, "max_error": 0.1, "measure_every": 0}, {}, "measure_every=0", "max_error=0.1"),
+    ],
+)
+def test_conflicts_name_both(
+    options: dict[str, Any], environ: dict[str, str], first: str, second: str
+) -> None:
+    with pytest.raises(SettingsError, match=f"{first}.*{second}"):
+        resolve(options, environ)
+
+
+def test_the_guard() -> None:
+    assert resolve({"target_error": 0.05}, {}).settings.guard == pytest.approx(0.15)
+    assert resolve({"target_error": 0.05, "max_error": 0.2}, {}).settings.guard == 0.2
+    assert resolve({"density": 0.2}, {}).settings.guard == math.inf
+    assert resolve({"max_error": 0}, {}).settings.guard == math.inf
+    assert resolve({"density": 0.2, "measure_every": 0}, {}).settings.measure_every == 0
 
 
 def test_off_wins_over_everything_even_over_nonsense() -> None:

@@ -73,7 +73,7 @@ class ToyInputs:
         return clip, torch.tensor([float(timestep)]), torch.randn(1, 7, 32, generator=g)
 
 
-SPARSE = {"min_tokens": 64, "strict": True, "dense_steps": 0, "dense_layers": 0}
+SPARSE = {"min_tokens": 64, "strict": True, "dense_steps": 0, "dense_layers": 0, "density": 0.25}
 """Every self attention sparse in every call."""
 EAGER = {**SPARSE, "inner": "eager"}
 

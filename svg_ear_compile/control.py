@@ -1,0 +1,234 @@
+"""How dense does a layer run, so that its measured error meets the target? And when is it not worth it?
+
+One Control per layer, guidance branch and generation: what it does depends on nothing before, so the same
+generation gives the same bits. The ops measure (kernels/measure.py); the sums travel to the host while the
+GPU goes on. The decision at step s reads those of step s - LAG and before, waited for by their event: it
+never depends on how fast anything was.
+
+- Two steps before the first sparse one, while the call is dense anyhow, the layer tries TRIAL densities on
+  the sampled rows. From their errors follow the density to begin with, and how fast the error falls with it.
+  Without such a step it begins with the cautious FIRST_DENSITY.
+- Then it measures every measure_every-th sparse call, and the first after a change of density. Near d the
+  error is taken to fall as d^-slope: the target needs d (error / target)^(1 / slope). Most of the way there
+  is gone in one decision, upwards more of it than downwards; differences within HYSTERESIS are left alone.
+- Where more than max_density is needed, sparsity would not pay: the layer goes dense, and tries again, as
+  above, every so often.
+- The guard: an error beyond max_error, at the density that was thought right, makes the layer dense for the
+  rest of the generation. Where a target is set, a higher density gets a chance first, and the layer never
+  goes down again to the one that failed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .settings import Settings
+
+LAG = 2
+TRIAL = (0.15, 0.45)
+FIRST_DENSITY = 0.4
+RETRY = 8
+"""A layer that went dense tries again after so many steps."""
+SLOPE, SLOPES = 1.0, (0.5, 3.0)
+"""Of the error against the density, both logarithmic: assumed, and what a trial may find."""
+UP, DOWN = 0.9, 0.6
+HALF = 0.5
+"""In one decision the density goes down to this share at most: below, the error may be any."""
+HYSTERESIS = 0.1
+"""Smaller relative changes of density are not made; nor is a layer dense that needs so little more."""
+NEWS = 0.3
+"""A relative change of density of more than this is measured at once."""
+_REMEMBERED = 256
+"""Steps of a layer in the report."""
+
+
+class Error(NamedTuple):
+    """Relative, of a whole call and of its worst head. See `Sums.errors`."""
+
+    call: float
+    worst_head: float
+
+
+class Sums:
+    """Error sums [errors,2,B,H] of one call on their way from the device; `errors` waits for them."""
+
+    def __init__(self, sums: Tensor) -> None:
+        self._event = None
+        self._sums: Tensor | None = sums
+        self._errors: list[Error] = []
+        if sums.is_cuda:
+            self._sums = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True)
+            self._sums.copy_(sums, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(sums.device))
+
+    def errors(self) -> list[Error]:
+        """One for each thing measured.
+
+        Heads whose exact output is not finite say nothing; NaN where all are so. Infinite where an output
+        is not finite and the exact one is.
+        """
+        if self._sums is not None:
+            if self._event is not None:
+                self._event.synchronize()
+            self._errors = [_error(*sums) for sums in self._sums.double()]
+            self._sums = self._event = None  # the next call's sums get the pinned memory
+        return self._errors
+
+
+def _error(lost: Tensor, whole: Tensor) -> Error:
+    """lost, whole [B,H]: see kernels/measure.py."""
+    known = whole.isfinite()
+    lost = torch.where(known, lost.nan_to_num(nan=math.inf), 0)
+    whole = torch.where(known, whole, 0)
+    heads = (lost / whole.clamp(min=torch.finfo(torch.float32).tiny)).sqrt()
+    call = float((lost.sum() / whole.sum()).sqrt()) if whole.sum() > 0 else math.nan
+    return Error(call, float(heads.max()))
+
+
+class Decision(NamedTuple):
+    """What a layer does at one step. density: None where dense, or as routed. counter: for the report."""
+
+    dense: str | None = None
+    counter: str = ""
+    density: float | None = None
+    measure: tuple[float, ...] | None = None
+    """None: nothing is measured; else the densities to try, () in a sparse call."""
+
+
+@dataclass
+class Step:
+    """What a layer did at one step. sums: of what it measured; audited: of all rows."""
+
+    step: int
+    decision: Decision
+    sums: Sums | None = None
+    audited: Sums | None = None
+
+    def error(self) -> Error | None:
+        """Of the output, where it was measured; trials of a dense call are no such. Waits for the device."""
+        return None if self.sums is None or self.decision.dense else self.sums.errors()[0]
+
+    def true_error(self) -> Error | None:
+        """The same over all rows, with the setting `audit`."""
+        return None if self.audited is None else self.audited.errors()[0]
+
+
+@dataclass(eq=False)
+class Control:
+    """One layer in one branch of one generation."""
+
+    settings: Settings
+    density: float | None = field(init=False)
+    slope: float = SLOPE
+    pays: bool = True
+    guarded: float | None = None
+    """The error that made the guard run this layer dense for good."""
+    strikes: int = 0
+    least: float = 0.0
+    """A density at which the error was beyond max_error is not used again."""
+    steps: deque[Step] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
+    _unread: deque[Step] = field(default_factory=deque)
+    _last: Step | None = None
+    """The last that measured."""
+    _sparse_calls: int = 0
+
+    def __post_init__(self) -> None:
+        s = self.settings
+        self.density = s.density if s.target_error is None else min(FIRST_DENSITY, s.max_density)
+
+    def warm_up(self, step: int, first: int) -> tuple[float, ...] | None:
+        """The densities to try in a dense step, of `first` ones; None: nothing is tried."""
+        tries = self.settings.target_error is not None and step == max(first - LAG, 0)
+        return self._trial() if tries else None
+
+    def decide(self, step: int, frozen: bool = False) -> Decision:
+        """What to do at a step behind the warm-up. frozen: nothing can be read or measured just now."""
+        while not frozen and self._unread and self._unread[0].step <= step - LAG:
+            self._learn(self._unread.popleft())
+        if self.guarded is not None:
+            reason = f"its error was {self.guarded:.3g}, more than max_error {self.settings.guard:g}"
+            return Decision(reason, "error beyond max_error")
+        if not self.pays:
+            retry = not frozen and (self._last is None or step - self._last.step >= RETRY)
+            reason = f"an error of {self.settings.target_error:g} needs more than max_density"
+            return Decision(reason, "sparsity would not pay", measure=self._trial() if retry else None)
+        every = self.settings.measure_every
+        due = bool(every) and not frozen and (self._sparse_calls % every == 0 or self._is_new())
+        self._sparse_calls += 1
+        return Decision(density=self.density, measure=() if due else None)
+
+    def ran(
+        self, step: int, decision: Decision, sums: Tensor | None = None, audited: Tensor | None = None
+    ) -> None:
+        """The call of a step is over. sums: what it measured, audited: over all rows; on the device."""
+        entry = Step(step, decision, *(None if x is None else Sums(x) for x in (sums, audited)))
+        self.steps.append(entry)
+        if sums is not None:
+            self._unread.append(entry)
+            self._last = entry
+
+    def _trial(self) -> tuple[float, float]:
+        """Never more than what the layer may use."""
+        low, high = TRIAL
+        top = self.settings.max_density
+        return (low * min(1.0, top / high), min(high, top))
+
+    def _is_new(self) -> bool:
+        """Whether no measurement was made near the density that is now used."""
+        last = None if self._last is None else self._last.decision.density
+        return self.density != last and (
+            last is None or self.density is None or abs(math.log(self.density / last)) > NEWS
+        )
+
+    def _learn(self, entry: Step) -> None:
+        assert entry.sums is not None
+        errors = [max(error.call, 1e-9) for error in entry.sums.errors()]
+        if any(math.isnan(error) for error in errors):
+            return
+        if entry.decision.dense:
+            self._learn_trial(entry, errors)
+            return
+        (error,) = errors
+        target = self.settings.target_error
+        if error > self.settings.guard and entry.decision.density == self.density:
+            self.strikes += 1
+            if target is None or self.strikes > 1 or self.density == self.settings.max_density:
+                self.guarded = error
+            else:
+                self.least = min(self.density * (1 + NEWS), self.settings.max_density)
+        if target is not None and entry.decision.density is not None:
+            self._move(entry.decision.density * (error / target) ** (1 / self.slope))
+
+    def _learn_trial(self, entry: Step, errors: list[float]) -> None:
+        """Between the two densities a power of the density, beyond the larger an exponential of it."""
+        target = self.settings.target_error
+        assert entry.decision.measure
+        assert target is not None
+        (low, high), (first, second) = entry.decision.measure, errors
+        fallen = math.log(first / second) if max(errors) < math.inf else 0.0
+        self.slope = min(max(fallen / math.log(high / low), SLOPES[0]), SLOPES[1])
+        if second > target:
+            need = high * (1 + math.log(second / target) / self.slope)
+        else:
+            need = high * (second / target) ** (1 / self.slope)
+        self._move(need, whole=True)
+
+    def _move(self, need: float, whole: bool = False) -> None:
+        """Towards the density that is needed."""
+        s = self.settings
+        assert self.density is not None
+        self.pays = need <= s.max_density * (1 if whole else 1 + HYSTERESIS)
+        if not self.pays:
+            return
+        way = math.log(need / self.density)
+        if abs(way) > HYSTERESIS:
+            gain = 1.0 if whole else UP if way > 0 else DOWN
+            least = max(s.min_density, self.least, 0.0 if whole else HALF * self.density)
+            self.density = min(max(self.density * math.exp(gain * way), least), s.max_density)

@@ -1,0 +1,89 @@
+"""Which error did each layer make at each step of its last generation, and at which density?"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from tabulate import tabulate
+
+from .records import GraphRecord
+
+
+@dataclass(frozen=True)
+class CallError:
+    """One attention site in one call. Errors are relative, of the output over all heads.
+
+    layer counts the attention layers of a model, branch the calls of a step (1: often the unconditional one).
+    dense: why it ran dense, "" if it did not. density: what it might spend; None: dense, or as routed. error
+    and worst_head: measured on a sample of the rows, where it was measured. true_error: over all rows, with
+    the setting `audit`.
+    """
+
+    graph: int
+    site: int
+    model: int
+    layer: int
+    branch: int
+    step: int
+    dense: str
+    density: float | None
+    target: float | None
+    error: float | None
+    worst_head: float | None
+    true_error: float | None
+
+
+def call_errors(graph: GraphRecord) -> list[CallError]:
+    """In the order of layers, branches and steps. Waits for the device."""
+    target = graph.resolved.settings.target_error
+    found = []
+    for place, control in sorted(graph.controls.items(), key=lambda item: item[0]):
+        for step in list(control.steps):
+            error, true = step.error(), step.true_error()
+            found.append(
+                CallError(
+                    graph.number, *place, step.step, step.decision.dense or "", step.decision.density, target,
+                    None if error is None else error.call, None if error is None else error.worst_head,
+                    None if true is None else true.call,
+                )
+            )  # fmt: skip
+    return sorted(found, key=lambda e: (e.graph, e.model, e.layer, e.site, e.branch, e.step))
+
+
+def summary(errors: Iterable[CallError]) -> dict[str, Any]:
+    """Of the measured calls: how many, the median error and the largest."""
+    measured = [e.error for e in errors if e.error is not None]
+    return {
+        "measured_calls": len(measured),
+        "measured_error": statistics.median(measured) if measured else None,
+        "worst_error": max(measured, default=None),
+    }
+
+
+def table(errors: list[CallError]) -> str:
+    """A row per layer and branch, a column per step at which any was measured: density and error."""
+    steps = sorted({e.step for e in errors if e.error is not None})
+    rows: dict[tuple[int, ...], dict[int, str]] = {}
+    for e in errors:
+        rows.setdefault((e.graph, e.model, e.layer, e.site, e.branch), {})[e.step] = _cell(e)
+    if not steps:
+        return "svg_ear: no error was measured"
+    several = len({key[:2] for key in rows}) > 1
+    head = ["layer", "branch", *(f"step {step + 1}" for step in steps)]
+    cells = [
+        [f"{graph}.{model}.{layer}" if several else layer, branch, *(row.get(step, "") for step in steps)]
+        for (graph, model, layer, _, branch), row in rows.items()
+    ]
+    targets = {e.target for e in errors} - {None}
+    about = "density: measured relative error" + (f", target {min(targets):g}" if len(targets) == 1 else "")
+    return f"{about}\n" + tabulate(cells, head, disable_numparse=True)
+
+
+def _cell(e: CallError) -> str:
+    if e.dense:
+        return "dense"
+    density = "as routed" if e.density is None else f"{e.density:.2f}"
+    return density if e.error is None else f"{density}: {e.error:.3f}"

@@ -1,0 +1,87 @@
+"""Measured errors on a GPU: right, the same bits twice, and never waited for before they are read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+
+from svg_ear_compile.control import Sums
+from svg_ear_compile.kernels import context, measure, ops, reference
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+TEXT, GRID = 40, (5, 12, 13)
+SITE = 0
+CONSTANTS = ops.SiteConstants(None, TEXT, False, list(GRID), "auto", "output_error", True, 0.3, 0, SITE)
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def inputs() -> tuple[Tensor, ...]:
+    random = torch.Generator("cuda").manual_seed(0)
+    x = torch.randn(3, 2, math.prod(GRID) + TEXT, 3, 128, device="cuda", generator=random)
+    return tuple(y.to(torch.bfloat16).transpose(1, 2) for y in x)
+
+
+def attend(
+    qkv: tuple[Tensor, ...], request: context.Measure, dense: bool = False, mask: Tensor | None = None
+) -> tuple[Tensor, context.Call]:
+    call = context.Call(strict=True, measure={SITE: request}, dense={SITE: "a test"} if dense else {})
+    if mask is not None:
+        call.noop_masks[SITE] = False
+    with context.active(call):
+        return torch.ops.svg_ear.attention(*qkv, mask, *CONSTANTS), call
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_it_is_the_error(masked, monkeypatch):
+    monkeypatch.setattr(measure, "ROWS", 10**6)  # all rows: nothing is left to chance
+    qkv = inputs()
+    mask = None
+    if masked:
+        mask = (torch.arange(qkv[0].shape[2], device="cuda") < qkv[0].shape[2] - 9).expand(2, 1, 1, -1)
+    out, call = attend(qkv, context.Measure(1), mask=mask)
+    exact = reference.dense(*qkv, mask)
+    lost, whole = (out.double() - exact).square().sum((-1, -2)), exact.square().sum((-1, -2))
+    torch.testing.assert_close(call.measured[SITE][0].double(), torch.stack([lost, whole]), rtol=0.02, atol=0)
+
+
+def test_nothing_waits_before_it_is_read():
+    qkv = inputs()
+    attend(qkv, context.Measure(1))
+    attend(qkv, context.Measure(1, (0.2, 0.5)), dense=True)
+    Sums(torch.zeros(1, 2, 2, 3, device="cuda"))  # the first pinned allocation may wait
+    torch.cuda.synchronize()
+    with no_waiting():
+        _, sparse = attend(qkv, context.Measure(1))
+        _, dense = attend(qkv, context.Measure(1, (0.2, 0.5)), dense=True)
+        sums = [Sums(call.measured[SITE]) for call in (sparse, dense)]
+    ((error, worst),), (low, high) = (s.errors() for s in sums)
+    assert 0 < error < worst < 1
+    assert 0 < high[0] < low[0] < 1
+
+
+def test_the_same_bits_twice_and_another_seed_is_another_sample():
+    qkv = inputs()
+    first, again, other = (attend(qkv, context.Measure(seed))[1].measured[SITE] for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_a_trial_is_what_the_sparse_call_then_makes():
+    """The plan's own formula on the sampled rows, against the kernel on the same rows."""
+    qkv = inputs()
+    _, dense = attend(qkv, context.Measure(1, (CONSTANTS.density,)), dense=True)
+    _, sparse = attend(qkv, context.Measure(1))
+    torch.testing.assert_close(dense.measured[SITE], sparse.measured[SITE], rtol=0.05, atol=0)

@@ -1,0 +1,155 @@
+"""The measured error is the error: against fp64, on all rows and on samples, of calls and of trials."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from svg_ear_compile.kernels import context, measure, ops, reference
+from svg_ear_compile.kernels.context import Measure
+from svg_ear_compile.kernels.ops import SiteConstants
+
+TEXT, GRID = 9, (5, 8, 10)
+VIDEO = 5 * 8 * 10
+SITE = 2
+FAMILIES = [("cubes", "output_error"), ("splits", "output_error"), ("kmeans", "svg_ear")]
+
+
+def constants(
+    order: str = "cubes", routing: str = "output_error", density: float | None = 0.3
+) -> SiteConstants:
+    return SiteConstants(None, TEXT, False, list(GRID), order, routing, True, density, 0, SITE)
+
+
+def inputs(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """query, key, value [2,3,409,16], in memory [B,L,H,D]; not all heads are equally hard."""
+    random = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(2, VIDEO + TEXT, 3, 16, generator=random).transpose(1, 2) for _ in range(3))
+    return q * torch.tensor([0.5, 1.0, 2.0]).view(3, 1, 1), k, v
+
+
+def mask() -> Tensor:
+    """The second batch element has four keys less."""
+    seen = torch.ones(2, 1, 1, VIDEO + TEXT, dtype=torch.bool)
+    seen[1, ..., -4:] = False
+    return seen
+
+
+def attend(
+    call: context.Call, c: SiteConstants, attn_mask: Tensor | None = None, merged: bool = True
+) -> Tensor:
+    qkv = (*inputs(), attn_mask)
+    with context.active(call):
+        if merged:
+            return torch.ops.svg_ear.attention(*qkv, *c)
+        plan = torch.ops.svg_ear.clustered_permute(*qkv, *c)
+        out, lse = torch.ops.svg_ear.sparse_exact(*qkv, *plan, *c)
+        return torch.ops.svg_ear.centroid_compensation(qkv[0], out, lse, *plan, *c)
+
+
+def call(*densities: float, dense: bool = False, **more: Any) -> context.Call:
+    reasons = {SITE: "a test"} if dense else {}
+    return context.Call(strict=True, measure={SITE: Measure(5, densities)}, dense=reasons, **more)
+
+
+def sums_of(out: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    """(lost, whole) over all rows, float64."""
+    exact = reference.dense(*inputs(), attn_mask)
+    return torch.stack([(out - exact).square().sum((-1, -2)), exact.square().sum((-1, -2))])
+
+
+def test_a_sample_has_one_row_of_each_stretch() -> None:
+    like = torch.empty(2, 3, 1)
+    slots = measure.sample(1000, like, 1)
+    assert slots.shape == (2, 3, measure.ROWS)
+    stretch = torch.arange(measure.ROWS)
+    assert ((slots >= stretch * 1000 // measure.ROWS) & (slots < (stretch + 1) * 1000 // measure.ROWS)).all()
+    assert torch.equal(slots, measure.sample(1000, like, 1))
+    assert not torch.equal(slots, measure.sample(1000, like, 2))
+    assert not torch.equal(slots[0, 0], slots[1, 2]), "each head has rows of its own"
+    assert measure.sample(7, like, 1)[1, 2].tolist() == list(range(7))
+
+
+@pytest.mark.parametrize("merged", [True, False])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("order", "routing"), FAMILIES)
+def test_of_all_rows_it_is_the_error(order, routing, masked, merged, monkeypatch) -> None:
+    monkeypatch.setattr(measure, "ROWS", 10**6)
+    attn_mask, running = mask() if masked else None, call(audit=True)
+    out = attend(running, constants(order, routing), attn_mask, merged)
+    expected = sums_of(out, attn_mask)
+    assert (expected[0] > 1e-3 * expected[1]).all(), "there is something to measure"
+    for found in (running.measured[SITE], running.audited[SITE]):
+        torch.testing.assert_close(found[0].double(), expected, rtol=1e-4, atol=0)
+
+
+def test_a_sample_is_right_on_average() -> None:
+    """200 samples of 64 of 409 rows; the mean's own error is some 1%."""
+    query, key, value = inputs()
+    out = attend(call(), constants())
+    found = torch.zeros(2, 2, 3)
+    for seed in range(200):
+        slots = measure.sample(query.shape[2], query, seed)
+        found += measure.output_error(query, key, value, None, out, slots, 16**-0.5)
+    expected = sums_of(out) * 200 * measure.ROWS / query.shape[2]
+    torch.testing.assert_close(found.double(), expected, rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("order", "routing"), FAMILIES)
+def test_a_trial_is_what_the_sparse_call_then_measures(order, routing, masked) -> None:
+    attn_mask = mask() if masked else None
+    dense, sparse = call(0.15, 0.5, dense=True), call(density={SITE: 0.5})
+    attend(dense, constants(order, routing), attn_mask)
+    attend(sparse, constants(order, routing), attn_mask)
+    assert dense.measured[SITE].shape == (2, 2, 2, 3)
+    if order != "kmeans":  # which finds other clusters when it goes on
+        torch.testing.assert_close(dense.measured[SITE][1], sparse.measured[SITE][0], rtol=1e-3, atol=0)
+    few, many = dense.measured[SITE][:, 0].sum((1, 2))
+    assert 0 < many < 0.8 * few
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_a_trial_changes_nothing_else(merged) -> None:
+    plain, tried = context.Call(dense={SITE: "a test"}), call(0.15, 0.5, dense=True)
+    assert torch.equal(attend(plain, constants(), None, merged), attend(tried, constants(), None, merged))
+    assert not tried.totals
+    assert SITE in tried.measured
+
+
+def test_the_call_s_density_wins_over_the_site_s() -> None:
+    for density, constant in ((0.2, 0.6), (0.2, None), (1.0, 0.1)):
+        running = call(density={SITE: density})
+        attend(running, constants(density=constant))
+        areas = running.totals[SITE].areas
+        assert areas is not None
+        assert density - 0.05 < int(areas[0]) / running.totals[SITE].pairs <= density
+
+
+def test_nothing_is_measured_unasked() -> None:
+    running = context.Call()
+    attend(running, constants())
+    assert not running.measured
+    assert not running.audited
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_failed_measurement_costs_nothing_but_itself(dense, monkeypatch) -> None:
+    expected = attend(context.Call(dense={SITE: "a test"} if dense else {}), constants())
+    monkeypatch.setattr(measure, "sample", lambda *_: 1 / 0)
+    running = call(0.2, dense=dense) if dense else call()
+    running.strict = False
+    for _ in range(2):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert torch.equal(attend(running, constants()), expected)
+        ours = [w for w in caught if "was not measured" in str(w.message)]
+        assert len(ours) == (1 if running.counters["not measured: ZeroDivisionError"] == 1 else 0)
+    assert running.counters["not measured: ZeroDivisionError"] == 2
+    running.strict = True
+    with pytest.raises(ops.SiteError, match="measuring attention site 2"):
+        attend(running, constants())

@@ -1,0 +1,217 @@
+"""What a layer decides from what it measured, in worlds where the error at each density is known."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from svg_ear_compile import control
+from svg_ear_compile.control import FIRST_DENSITY, LAG, RETRY, TRIAL, Control, Decision, Step, Sums
+from svg_ear_compile.settings import resolve
+
+STEPS, WARM_UP = 30, 6
+World = Callable[[float, int], float]
+"""The relative error at a density and a step."""
+
+
+def make(**options: Any) -> Control:
+    return Control(resolve(options, {}).settings)
+
+
+def sums(*errors: float) -> Tensor:
+    """As the ops leave them: [errors,2,1,2], the second head without error."""
+    return torch.tensor([[[[e * e, 0.0]], [[0.5, 0.5]]] for e in errors])
+
+
+def generation(control: Control, world: World, steps: int = STEPS, warm_up: int = WARM_UP) -> list[Step]:
+    for step in range(steps):
+        trial = control.warm_up(step, warm_up) if step < warm_up else None
+        decision = Decision("warm-up", "warm-up", measure=trial) if step < warm_up else control.decide(step)
+        densities = decision.measure if decision.dense else (decision.density,)
+        measured = None if decision.measure is None else sums(*(world(d, step) for d in densities or ()))
+        control.ran(step, decision, measured)
+    return list(control.steps)
+
+
+def power(needed: float, slope: float, target: float = 0.04) -> World:
+    """Meets the target at the density that is needed."""
+    return lambda density, step: target * (density / needed) ** -slope
+
+
+@pytest.mark.parametrize("needed", [0.08, 0.15, 0.3, 0.5])
+@pytest.mark.parametrize("slope", [0.6, 1.0, 2.0])
+@pytest.mark.parametrize("warm_up", [0, 1, 6])
+def test_it_meets_the_target(needed: float, slope: float, warm_up: int) -> None:
+    world = power(needed, slope)
+    sparse = [s for s in generation(make(target_error=0.04), world, warm_up=warm_up) if not s.decision.dense]
+    assert len(sparse) == STEPS - warm_up
+    densities = [s.decision.density or 0.0 for s in sparse]
+    errors = [world(d, 0) for d in densities]
+    assert all(error <= 1.5 * 0.04 for error in errors[LAG + 1 :])
+    assert densities[-1] <= 1.35 * needed, "and spends little more than is needed"
+    if warm_up >= LAG:
+        assert errors[0] <= 1.15 * 0.04, "tried before the first sparse step"
+
+
+def test_it_follows_an_error_that_grows_and_shrinks() -> None:
+    def world(density: float, step: int) -> float:
+        return 0.04 * (density / (0.2 * (1 + 0.5 * math.sin(step / 5)))) ** -1.2
+
+    sparse = [s for s in generation(make(target_error=0.04), world, 50) if not s.decision.dense]
+    late = [world(s.decision.density or 0.0, s.step) / 0.04 for s in sparse[2:]]
+    assert max(late) < 3
+    assert sum(ratio <= 1.5 for ratio in late) >= 0.9 * len(late)
+
+
+def test_noise_of_the_measurement_is_tolerated() -> None:
+    noise = random.Random(0)
+    exact = power(0.2, 1.0)
+    steps = generation(make(target_error=0.04), lambda d, s: exact(d, s) * math.exp(noise.gauss(0, 0.1)))
+    late = [exact(s.decision.density or 0.0, 0) for s in steps[WARM_UP + 2 :]]
+    assert max(late) <= 1.5 * 0.04
+    assert not any(s.decision.dense for s in steps[WARM_UP:])
+
+
+def test_without_a_warm_up_it_starts_cautiously() -> None:
+    steps = generation(make(target_error=0.04), power(0.1, 1.0), warm_up=0)
+    assert [s.decision.density for s in steps[:LAG]] == [FIRST_DENSITY] * LAG
+    assert [s.sums is not None for s in steps[:LAG]] == [True, False]
+    assert (steps[LAG].decision.density or 1) < FIRST_DENSITY
+
+
+def test_it_measures_every_so_often_and_what_is_new() -> None:
+    steps = generation(make(target_error=0.04, measure_every=5), power(0.2, 1.0))
+    assert [s.step for s in steps if s.sums] == [WARM_UP - LAG, 6, 11, 16, 21, 26]
+    assert not any(s.sums for s in generation(make(density=0.2, measure_every=0), power(0.2, 1.0)))
+    steps = generation(make(target_error=0.04, measure_every=20), power(0.1, 1.0), warm_up=0)
+    assert [s.step for s in steps if s.sums][:2] == [0, LAG], "the density changed much, and is new"
+
+
+def test_a_decision_knows_what_is_two_steps_old_and_nothing_newer() -> None:
+    """Whatever is measured at step s, the decisions at s and s + 1 are the same."""
+
+    def decisions(late: float) -> list[Decision]:
+        steps = generation(
+            make(target_error=0.04, measure_every=1), lambda d, s: late if s >= 20 else 0.04 * 0.2 / d
+        )
+        return [s.decision for s in steps]
+
+    calm, wild = decisions(0.04), decisions(10.0)
+    assert calm[: 20 + LAG] == wild[: 20 + LAG]
+    assert calm[20 + LAG] != wild[20 + LAG]
+
+
+def test_where_it_would_not_pay_it_is_dense_and_tries_again() -> None:
+    hard = lambda density, step: 1.0 if step < 15 else 0.04 * 0.2 / density  # noqa: E731
+    steps = generation(make(target_error=0.04), hard)
+    reasons = [s.decision.counter for s in steps[WARM_UP:]]
+    assert reasons[0] == "sparsity would not pay"
+    assert "needs more than max_density" in (steps[WARM_UP].decision.dense or "")
+    tried = [s.step for s in steps if s.sums and s.decision.dense]
+    assert tried == [4, 4 + RETRY, 4 + 2 * RETRY]
+    assert [s.step for s in steps if not s.decision.dense] == list(range(4 + 2 * RETRY + LAG, STEPS))
+    assert not any(s.error() for s in steps if s.decision.dense), "a trial is no error of the output"
+
+
+def test_a_slightly_larger_need_than_max_density_is_no_reason_to_go_dense() -> None:
+    steps = generation(make(target_error=0.04, max_density=0.3), power(0.315, 1.0), warm_up=0)
+    assert not any(s.decision.dense for s in steps)
+
+
+def test_the_guard_of_a_fixed_density() -> None:
+    steps = generation(make(density=0.2, max_error=0.1), lambda d, s: 0.05 if s < 13 else 0.2)
+    counters = [s.decision.counter for s in steps]
+    assert counters[:16] == ["warm-up"] * 6 + [""] * 10, "measured at 6, 10, 14; known two steps later"
+    assert set(counters[16:]) == {"error beyond max_error"}
+    assert steps[-1].decision.dense == "its error was 0.2, more than max_error 0.1"
+    silent = generation(make(density=0.2, max_error=0.3), lambda d, s: 0.2)
+    assert not any(s.decision.dense for s in silent[WARM_UP:])
+    off = generation(make(density=0.2, max_error=0), lambda d, s: 9.0)
+    assert not any(s.decision.dense for s in off[WARM_UP:])
+
+
+def test_the_guard_of_a_target_gives_a_higher_density_a_chance() -> None:
+    def world(density: float, step: int) -> float:
+        return 0.04 * 0.1 / density if step < 12 else 0.13
+
+    steps = generation(make(target_error=0.04, max_density=1.0), world)
+    assert [s.decision.density for s in steps if s.step == 12] != [1.0]
+    assert steps[-1].decision.counter == "error beyond max_error"
+    chance = [s.decision.density or 0.0 for s in steps if not s.decision.dense]
+    assert chance[-1] > 1.5 * chance[0]
+
+
+@pytest.mark.parametrize("bad", [math.inf, 1e30])
+def test_an_infinite_error_makes_it_dense(bad: float) -> None:
+    for options in ({"density": 0.2, "max_error": 0.1}, {"target_error": 0.04}):
+        for warm_up in (0, WARM_UP):
+            steps = generation(make(**options), lambda d, s: bad, warm_up=warm_up)
+            assert all(s.decision.dense for s in steps[max(warm_up, LAG) + LAG :])
+
+
+def test_trials_of_which_one_is_infinite() -> None:
+    steps = generation(make(target_error=0.04), lambda d, s: math.inf if d == TRIAL[0] else 0.04)
+    assert not steps[WARM_UP].decision.dense
+
+
+def test_what_is_not_a_number_says_nothing() -> None:
+    control = make(target_error=0.04)
+    for step in range(8):
+        decision = control.decide(step)
+        control.ran(step, decision, torch.full((1, 2, 1, 2), math.nan))
+        assert (decision.dense, decision.density) == (None, FIRST_DENSITY)
+
+
+def test_densities_stay_within_their_bounds() -> None:
+    for needed in (0.001, 0.58):
+        for warm_up in (0, WARM_UP):
+            control = make(target_error=0.04, min_density=0.1, max_density=0.25)
+            steps = generation(control, power(needed, 1.0), warm_up=warm_up)
+            for s in steps[warm_up:]:
+                assert s.decision.dense or 0.1 <= (s.decision.density or 0) <= 0.25
+            tried = [d for s in steps if s.decision.dense for d in s.decision.measure or ()]
+            assert all(d <= 0.25 for d in tried)
+
+
+def test_without_a_target_the_density_is_the_one_that_was_set() -> None:
+    for options, density in (({"density": 0.3}, 0.3), ({"preset": "svg_ear"}, None)):
+        control = make(**options)
+        assert all(control.warm_up(step, 6) is None for step in range(6))
+        assert {control.decide(step).density for step in range(6, 20)} == {density}
+
+
+def test_nothing_is_read_or_measured_while_a_graph_is_recorded() -> None:
+    frozen = make(target_error=0.04)
+    frozen.ran(0, Decision(density=0.4, measure=()), sums(9.0))
+    assert frozen.decide(5, frozen=True) == Decision(density=FIRST_DENSITY)
+    assert frozen.decide(6).dense
+
+
+def test_errors_of_sums() -> None:
+    lost, whole = torch.tensor([[1.0, 4.0]]), torch.tensor([[100.0, 25.0]])
+    ((call, worst),) = Sums(torch.stack([lost, whole])[None]).errors()
+    assert (call, worst) == pytest.approx((math.sqrt(5 / 125), 0.4))
+
+    def error(lost: float, whole: float) -> float:
+        """Of two heads, the other with 1 of 100 lost."""
+        return Sums(torch.tensor([[[[1.0, lost]], [[100.0, whole]]]])).errors()[0].call
+
+    assert error(math.nan, math.nan) == pytest.approx(0.1), "exact attention is not finite: says nothing"
+    assert error(math.nan, 100.0) == math.inf, "the output is not finite where exact attention is"
+    assert math.isnan(Sums(torch.full((1, 2, 1, 2), math.nan)).errors()[0].call)
+    found = Sums(torch.stack([lost, whole])[None])
+    assert found.errors() is found.errors(), "read once"
+
+
+def test_the_same_measurements_the_same_decisions() -> None:
+    first, second = (
+        [s.decision for s in generation(make(target_error=0.04), power(0.2, 0.7))] for _ in range(2)
+    )
+    assert first == second
+    assert control.LAG == 2
