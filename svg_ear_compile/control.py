@@ -8,9 +8,10 @@ never depends on how fast anything was.
 - Two steps before the first sparse one, while the call is dense anyhow, the layer tries TRIAL densities on
   the sampled rows. From their errors follow the density to begin with, and how fast the error falls with it.
   Without such a step it begins with the cautious FIRST_DENSITY.
-- Then it measures every measure_every-th sparse call, and the first after a change of density. Near d the
-  error is taken to fall as d^-slope: the target needs d (error / target)^(1 / slope). Most of the way there
-  is gone in one decision, upwards more of it than downwards; differences within HYSTERESIS are left alone.
+- Then it measures the first sparse calls, every measure_every-th of the others, and what follows a change
+  of density. Near d the error is taken to fall as d^-slope: to get to AIM of the target needs
+  d (error / (AIM target))^(1 / slope). Most of the way there is gone in one decision, upwards more of it than
+  downwards; differences within HYSTERESIS are left alone.
 - Where more than max_density is needed, sparsity would not pay: the layer goes dense, and tries again, as
   above, every so often.
 - The guard: an error beyond max_error, at the density that was thought right, makes the layer dense for the
@@ -33,6 +34,10 @@ from .settings import Settings
 LAG = 2
 TRIAL = (0.15, 0.45)
 FIRST_DENSITY = 0.4
+FIRST_CALLS = 4
+"""So many sparse calls are measured whatever measure_every is: later ones differ less from those before."""
+AIM = 0.85
+"""Of the target: errors drift from step to step, and are noticed late."""
 RETRY = 8
 """A layer that went dense tries again after so many steps."""
 SLOPE, SLOPES = 1.0, (0.5, 3.0)
@@ -160,7 +165,8 @@ class Control:
             reason = f"an error of {self.settings.target_error:g} needs more than max_density"
             return Decision(reason, "sparsity would not pay", measure=self._trial() if retry else None)
         every = self.settings.measure_every
-        due = bool(every) and not frozen and (self._sparse_calls % every == 0 or self._is_new())
+        often = self._sparse_calls < FIRST_CALLS or self._sparse_calls % (every or 1) == 0
+        due = bool(every) and not frozen and (often or self._is_new())
         self._sparse_calls += 1
         return Decision(density=self.density, measure=() if due else None)
 
@@ -195,6 +201,8 @@ class Control:
         if entry.decision.dense:
             self._learn_trial(entry, errors)
             return
+        if not self.pays:
+            return  # measured before the layer went dense: a trial is what counts now
         (error,) = errors
         target = self.settings.target_error
         if error > self.settings.guard and entry.decision.density == self.density:
@@ -204,12 +212,15 @@ class Control:
             else:
                 self.least = min(self.density * (1 + NEWS), self.settings.max_density)
         if target is not None and entry.decision.density is not None:
-            self._move(entry.decision.density * (error / target) ** (1 / self.slope))
+            need = entry.decision.density * (error / target) ** (1 / self.slope)
+            # What was measured at a higher density has led down already: further down goes what comes next.
+            if self.density is None or not need < self.density < entry.decision.density:
+                self._move(need)
 
     def _learn_trial(self, entry: Step, errors: list[float]) -> None:
         """Between the two densities a power of the density, beyond the larger an exponential of it."""
-        target = self.settings.target_error
         assert entry.decision.measure
+        target = self.settings.target_error
         assert target is not None
         (low, high), (first, second) = entry.decision.measure, errors
         fallen = math.log(first / second) if max(errors) < math.inf else 0.0
@@ -221,13 +232,13 @@ class Control:
         self._move(need, whole=True)
 
     def _move(self, need: float, whole: bool = False) -> None:
-        """Towards the density that is needed."""
+        """Towards the density that is needed, and a little more."""
         s = self.settings
         assert self.density is not None
         self.pays = need <= s.max_density * (1 if whole else 1 + HYSTERESIS)
         if not self.pays:
             return
-        way = math.log(need / self.density)
+        way = math.log(need * AIM ** (-1 / self.slope) / self.density)
         if abs(way) > HYSTERESIS:
             gain = 1.0 if whole else UP if way > 0 else DOWN
             least = max(s.min_density, self.least, 0.0 if whole else HALF * self.density)

@@ -153,7 +153,7 @@ class Settings:
     )  # fmt: skip
     measure_every: int = _setting(
         4, _integer(0), "an integer >= 0; 0 means never",
-        "every so many sparse calls of a layer the error is measured on a sample of its rows",
+        "every so many sparse calls of a layer, and in its first few, the error is measured on sampled rows",
     )  # fmt: skip
     audit: bool = _setting(
         False,
