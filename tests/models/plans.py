@@ -1,6 +1,6 @@
 """What a model must give when its sites computed the fp64 joint softmax of the plans that a run used.
 
-`Kept` writes down every plan of a run, in order. `Truth` runs the model on the graphs as Dynamo made them:
+`Kept` writes down every plan of a run, in the order of the graphs. `Truth` runs the model on the graphs as Dynamo made them:
 where a site was rewritten, the formula of kernels/reference.py over the model's own query, key and value
 takes the place of scaled_dot_product_attention.
 """
@@ -15,7 +15,7 @@ import torch
 from models.capture import Backend, Knobs, compiled
 from torch import Tensor, fx, nn
 
-from svg_ear_compile.kernels import ops, reference
+from svg_ear_compile.kernels import context, ops, reference
 from svg_ear_compile.kernels.plan import Plan
 from svg_ear_compile.passes.match import Call, match
 from svg_ear_compile.passes.site import Site
@@ -24,15 +24,22 @@ Formula = Callable[[Tensor, Plan, float], Tensor]
 
 
 class Kept(list[Plan]):
-    """The plans of all sparse calls, oldest first."""
+    """The plans of all sparse calls, oldest first; those of one call of a graph in the order of its sites:
+    Inductor may compute two that do not depend on each other (sana_wm has them) in either order."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         super().__init__()
         make_plan = ops.make_plan
+        made: list[tuple[context.Call, int]] = []
 
         def spy(*arguments: Any) -> Plan:
-            self.append(make_plan(*arguments))
-            return self[-1]
+            call, site = context.current(), arguments[-1].site
+            at = len(self)
+            while at and made[at - 1][0] is call and made[at - 1][1] > site:
+                at -= 1
+            made.insert(at, (call, site))
+            self.insert(at, make_plan(*arguments))
+            return self[at]
 
         patch.setattr(ops, "make_plan", spy)
 
