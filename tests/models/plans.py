@@ -1,8 +1,8 @@
 """What a model must give when its sites computed the fp64 joint softmax of the plans that a run used.
 
-`Kept` writes down every plan of a run, in the order of the graphs. `Truth` runs the model on the graphs as Dynamo made them:
-where a site was rewritten, the formula of kernels/reference.py over the model's own query, key and value
-takes the place of scaled_dot_product_attention.
+`Kept` writes down every plan of a run, in the order of the graphs. `Truth` runs the model on the graphs as
+Dynamo made them: where a site was rewritten, the formula of kernels/reference.py over the model's own query,
+key and value takes the place of scaled_dot_product_attention.
 """
 
 from __future__ import annotations
