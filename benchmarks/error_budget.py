@@ -1,12 +1,13 @@
 """Does target_error keep its promise, and is it worth more than one density for all? The tiny Wan, one table.
 
-    python benchmarks/error_budget.py [--steps 30 --size 16x128x128 --targets .02,.04,.08 --out PATH]
+    python benchmarks/error_budget.py [--steps 30 --size 16x128x128 --targets high,balanced,.08 --out PATH]
 
-For each target the clip is sampled twice from the same noise: steered by target_error, and with a fixed
-density that computes as many pairs. True errors are those of whole calls (setting `audit`: every row, exact
-attention in float32); "kept" is the share of calls behind the first two sparse steps with at most 1.5 times
-the target. Calls that went dense count in the density, with 1, and make no error. Also written: the true
-error of each layer and step (json), and a picture of it (png, with matplotlib).
+For each target, a quality level or an error, the clip is sampled twice from the same noise: steered to it,
+and with as many dense first steps and a fixed density that computes as many pairs. True errors are those of
+whole calls (setting `audit`: every row, exact attention in float32); "kept" is the share of calls behind the
+first two sparse steps with at most 1.5 times the target. Calls that went dense count in the density, with 1,
+and make no error. Also written: the true error of each layer and step (json), and a picture of it (png, with
+matplotlib).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import Tensor
 from svg_ear_compile import quality, report, tiny_wan
 from svg_ear_compile.cli import size_argument
 from svg_ear_compile.errors import CallError
+from svg_ear_compile.settings import QUALITY, Quality
 
 PROMPT = (
     "a striped red star moving left in front of a plain yellow square moving right, "
@@ -46,7 +48,7 @@ class Row:
 
 
 def measure(
-    steps: int, size: tuple[int, int, int], targets: list[float], device: str, inner: str, guidance: float
+    steps: int, size: tuple[int, int, int], targets: list[str], device: str, inner: str, guidance: float
 ) -> list[Row]:
     """Samples densely, steered to each target, and with the density that each of these took."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
@@ -62,9 +64,10 @@ def measure(
     dense = sampled(inner, None)
     shared = {"min_tokens": 1, "num_steps": steps, "inner": inner, "strict": True, "audit": True}
 
-    def run(name: str, target: float | None, options: dict[str, Any]) -> Row:
+    def run(name: str, options: dict[str, Any]) -> Row:
         clip = sampled("svg_ear", {**shared, **options})
         report().print()
+        target = report().graphs[0].resolved.settings.target_error
         calls = [call for call in report().errors() if call.true_error is not None]
         row = Row(name, target, _density(), quality.psnr(dense, clip), calls)
         print(table([row]), flush=True)
@@ -72,8 +75,11 @@ def measure(
 
     rows = []
     for target in targets:
-        rows.append(run(f"target {target:g}", target, {"target_error": target}))
-        rows.append(run("the same, fixed", None, {"density": max(rows[-1].density, 0.01)}))
+        level = QUALITY.get(target, Quality(0.0, 0.2))
+        rows.append(
+            run(target, {"quality": target} if level.target_error else {"target_error": float(target)})
+        )
+        rows.append(run("the same, fixed", {"density": rows[-1].density, "dense_steps": level.dense_steps}))
     return rows
 
 
@@ -101,7 +107,8 @@ def table(rows: list[Row]) -> str:
         kept: list[float | None] = [None] * 3
         if ratios:
             kept = [statistics.mean(low <= r <= 1.5 for r in ratios) for low in (0, 1 / 1.5)] + [max(ratios)]
-        cells.append([row.name, row.density, row.psnr, statistics.median(errors), errors[-1], *kept])
+        middle, worst = (statistics.median(errors), errors[-1]) if errors else (None, None)
+        cells.append([row.name, row.density, row.psnr, middle, worst, *kept])
     head = ("run", "density", "PSNR dB", "true error\nmedian", "true error\nworst", "kept\n<= 1.5x",
             "within\n1.5x", "worst\n/ target")  # fmt: skip
     return tabulate(cells, head, floatfmt=("", ".3f", ".2f", ".4f", ".4f", ".1%", ".1%", ".2f"))
@@ -132,12 +139,10 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--size", type=size_argument, default=(16, 128, 128))
-    parser.add_argument(
-        "--targets", type=lambda s: [float(x) for x in s.split(",")], default=[0.02, 0.04, 0.08]
-    )
+    parser.add_argument("--targets", type=lambda s: s.split(","), default=list(QUALITY))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--inner", default="inductor")
-    parser.add_argument("--guidance", type=float, default=3.5)
+    parser.add_argument("--guidance", type=float, default=tiny_wan.GUIDANCE)
     parser.add_argument("--out", type=Path, default=Path("outputs/error_budget"))
     settings = vars(parser.parse_args())
     out: Path = settings.pop("out")
