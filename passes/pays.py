@@ -62,11 +62,13 @@ def too_slow(node: torch.fx.Node, density: float | None) -> str:
     """Why a sparse call with the query of this node would not be faster than a dense one; "" if it is."""
     query = example(node)
     known = costs(query)
-    sizes = [hint(size) for size in query.shape]
-    if known is None or None in sizes:
+    sizes = [size for size in map(hint, query.shape) if size is not None]
+    if known is None or len(sizes) < query.dim():
         return ""
     density = TYPICAL_DENSITY if density is None else density
-    dense, sparse = known.dense(*sizes), known.sparse(*sizes, density)
+    batch, heads, length, head_dim = sizes
+    dense = known.dense(batch, heads, length, head_dim)
+    sparse = known.sparse(batch, heads, length, head_dim, density)
     if sparse < dense:
         return ""
     return f"{sparse:.2g} ms at density {density:g}, {dense:.2g} dense"

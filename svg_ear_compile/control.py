@@ -207,10 +207,11 @@ class Control:
         target = self.settings.target_error
         if error > self.settings.guard and entry.decision.density == self.density:
             self.strikes += 1
-            if target is None or self.strikes > 1 or self.density == self.settings.max_density:
+            top = self.settings.max_density
+            if target is None or self.density is None or self.strikes > 1 or self.density == top:
                 self.guarded = error
             else:
-                self.least = min(self.density * (1 + NEWS), self.settings.max_density)
+                self.least = min(self.density * (1 + NEWS), top)
         if target is not None and entry.decision.density is not None:
             need = entry.decision.density * (error / target) ** (1 / self.slope)
             # What was measured at a higher density has led down already: further down goes what comes next.

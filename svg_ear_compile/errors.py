@@ -77,7 +77,7 @@ def table(errors: list[CallError]) -> str:
         [f"{graph}.{model}.{layer}" if several else layer, branch, *(row.get(step, "") for step in steps)]
         for (graph, model, layer, _, branch), row in rows.items()
     ]
-    targets = {e.target for e in errors} - {None}
+    targets = {e.target for e in errors if e.target is not None}
     about = "density: measured relative error" + (f", target {min(targets):g}" if len(targets) == 1 else "")
     return f"{about}\n" + tabulate(cells, head, disable_numparse=True)
 

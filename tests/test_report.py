@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from svg_ear_compile import announce, records, reports
+from svg_ear_compile.control import Control, Decision
 from svg_ear_compile.kernels.context import SiteTotals
 from svg_ear_compile.records import GraphRecord, SiteRecord
 from svg_ear_compile.settings import resolve
@@ -26,6 +27,11 @@ def site(index: int = 0, reason: str = "REWRITTEN", **changes: Any) -> SiteRecor
         "grid_source": "unknown",
     }  # fmt: skip
     return SiteRecord(**{**values, **changes})
+
+
+def sums(*errors: float) -> torch.Tensor:
+    """As the ops leave them, [errors,2,1,1]."""
+    return torch.tensor([[[[e * e]], [[1.0]]] for e in errors])
 
 
 def graph(*sites: SiteRecord, number: int = 0, options: dict[str, Any] | None = None) -> GraphRecord:
@@ -87,6 +93,36 @@ def test_a_site_that_only_ran_dense_has_mean_density_one() -> None:
     record.dense[0]["dense layers"] = 5
     (row,) = reports.report([record]).sites
     assert (row.measured_density, row.mean_density) == (None, 1.0)
+
+
+def test_errors_by_layer_and_step(capsys: pytest.CaptureFixture[str]) -> None:
+    record = graph(site(), options={"target_error": 0.03})
+    controls = [Control(record.resolved.settings) for _ in range(2)]
+    for layer, control in enumerate(controls):
+        record.controls[0, 7, layer, 0] = control
+        control.ran(
+            0, Decision("step 1 of 1 dense warm-up steps", "warm-up steps", measure=(0.1, 0.4)), sums(1, 2)
+        )
+        control.ran(1, Decision(density=0.4, measure=()), sums(0.02 * (layer + 1)), sums(0.5))
+        control.ran(2, Decision(density=0.3))
+    report = reports.report([record])
+    assert [(e.layer, e.step, e.density, e.target) for e in report.errors()] == [
+        (layer, step, density, 0.03) for layer in (0, 1) for step, density in enumerate((None, 0.4, 0.3))
+    ]
+    assert [e.error for e in report.errors()] == pytest.approx([None, 0.02, None, None, 0.04, None])
+    assert [e.true_error for e in report.errors()] == pytest.approx([None, 0.5, None, None, 0.5, None])
+    totals = report.totals()
+    assert (totals["measured_calls"], totals["worst_error"]) == (2, pytest.approx(0.04))
+    assert totals["measured_error"] == pytest.approx(0.03)
+    assert "to 0.03" in str(report)
+    report.print_errors()
+    assert [line.split() for line in capsys.readouterr().out.splitlines()[-2:]] == [
+        ["0", "0", "0.40:", "0.020"],
+        ["1", "0", "0.40:", "0.040"],
+    ]
+    (data,) = json.loads(report.to_json())["graphs"]
+    assert data["errors"][1]["error"] == pytest.approx(0.02)
+    assert data["sites"][0]["target_error"] == 0.03
 
 
 def test_json_is_versioned_and_complete() -> None:
