@@ -45,8 +45,8 @@ class Costs(NamedTuple):
 
 # By compute capability and head_dim.
 MEASURED: dict[tuple[int, int, int], Costs] = {
-    (9, 0, 128): Costs(5.74e11, 5.75e11, 0.1, 1.2e-08, 4.0e-13),
-    (9, 0, 64): Costs(4.4e11, 4.5e11, 0.3, 1.2e-08, 9.0e-13),
+    (9, 0, 64): Costs(4.025e11, 3.061e11, 1.181, 5.057e-09, 0.0),
+    (9, 0, 128): Costs(5.798e11, 6.037e11, 0.5601, 0.0, 3.963e-13),
 }
 
 
