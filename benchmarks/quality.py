@@ -33,7 +33,7 @@ from svg_ear_compile import generation, quality, report, tiny_wan
 from svg_ear_compile.cli import size_argument
 
 sys.path.append(str(Path(__file__).parents[1] / "examples" / "tiny_wan"))
-from models import KINDS, Kind, compile_blocks
+from kinds import KINDS, Kind, compile_blocks
 
 PROMPTS = (
     "a plain blue disc moving right, over the flower photo panning up",

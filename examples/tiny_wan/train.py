@@ -1,4 +1,4 @@
-"""Trains one of the tiny models (`models.py`) by flow matching on procedural scenes, in resumable legs.
+"""Trains one of the tiny models (`kinds.py`) by flow matching on procedural scenes, in resumable legs.
 
     python examples/tiny_wan/train.py --model wan --minutes 8 --total-minutes 16
 
@@ -32,7 +32,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from models import KINDS, Kind, compile_blocks
+from kinds import KINDS, Kind, compile_blocks
 from scenes import Scenes
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
