@@ -78,8 +78,9 @@ def dense_times(inputs: Inputs, repeats: int, flex: bool) -> dict[str, float]:
 
 def masked_dense_time(inputs: Inputs, mask: Tensor, repeats: int) -> float:
     """Milliseconds of dense attention with the model's bool mask, as torch picks it."""
-    call = lambda i: F.scaled_dot_product_attention(*inputs[i % len(inputs)], attn_mask=mask)  # noqa: E731
-    return milliseconds(call, repeats)
+    return milliseconds(
+        lambda i: F.scaled_dot_product_attention(*inputs[i % len(inputs)], attn_mask=mask), repeats
+    )
 
 
 @functools.cache

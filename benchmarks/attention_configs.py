@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import argparse
 import math
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -134,8 +136,9 @@ def main() -> None:
     for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
         with sdpa_kernel(backend):
             try:
-                call = lambda: torch.nn.functional.scaled_dot_product_attention(query, key, value)  # noqa: E731
-                dense = min(dense, milliseconds(call, 3))
+                dense = min(
+                    dense, milliseconds(partial(F.scaled_dot_product_attention, query, key, value), 3)
+                )
             except RuntimeError as error:
                 print(backend, error)
     rows = []
@@ -149,8 +152,8 @@ def main() -> None:
             options = {"variable": clusters, "config": c}
             row = ["clusters" if clusters else "equal", *(c or ["chosen", *" " * (len(Config._fields) - 1)])]
             try:
-                attend = lambda: triton_attention.attend(query, plan, D**-0.5, out, **options)  # noqa: B023, E731
-                only = lambda: triton_attention.sparse_exact(query, plan, D**-0.5, out, **options)  # noqa: B023, E731
+                attend = partial(triton_attention.attend, query, plan, D**-0.5, out, **options)
+                only = partial(triton_attention.sparse_exact, query, plan, D**-0.5, out, **options)
                 times = [c and milliseconds(only, arguments.repeats), milliseconds(attend, arguments.repeats)]
                 first = out if first is None else first
                 error = ((out.float() - first.float()).norm() / first.float().norm()).item()
@@ -173,9 +176,9 @@ def other_stages(query: Tensor, key: Tensor, value: Tensor, arguments: argparse.
         plan = made_up_plan(key.contiguous(), value.contiguous(), arguments.density, clusters)
         name = "clusters" if clusters else "equal"
         shuffled = torch.rand(plan.query_order.shape, device=key.device).argsort(-1).int()
-        both = lambda: triton_permute.gather_with_means(key, value, shuffled, plan.key_offsets)  # noqa: B023, E731
+        both = partial(triton_permute.gather_with_means, key, value, shuffled, plan.key_offsets)
         records.append({"blocks": name, "stage": "gather and means", "ms": milliseconds(both, repeats)})
-        means = lambda: triton_permute.gathered_means(query, shuffled, plan.query_offsets)  # noqa: B023, E731
+        means = partial(triton_permute.gathered_means, query, shuffled, plan.query_offsets)
         records.append({"blocks": name, "stage": "means alone", "ms": milliseconds(means, repeats)})
         centroids = triton_permute.gathered_means(query, plan.query_order, plan.query_offsets)
         inputs = (centroids, plan.key, plan.value, plan.key_offsets)
@@ -183,19 +186,23 @@ def other_stages(query: Tensor, key: Tensor, value: Tensor, arguments: argparse.
         for routing in ("output_error", "svg_ear"):
             for c in PROBE:
                 most = None if clusters else KEY_BLOCK
-                call = lambda: triton_probe.probe(*inputs, routing, most, routing == "svg_ear", c)  # noqa: B023, E731
+                call = partial(triton_probe.probe, *inputs, routing, most, routing == "svg_ear", c)
                 record = {"blocks": name, "stage": f"probe {routing}", "ms": None, **c._asdict()}
                 try:
                     record["ms"] = milliseconds(call, repeats)
-                except Exception as error:  # noqa: BLE001
+                except Exception as error:  # noqa: BLE001 - one configuration may not fit this GPU
                     record["ms"] = f"{type(error).__name__}: {str(error)[:60]}"
                 records.append(record)
         if not clusters:
-            plain = lambda: probe.probe(*inputs, "output_error", KEY_BLOCK)  # noqa: B023, E731
+            plain = partial(probe.probe, *inputs, "output_error", KEY_BLOCK)
             records.append({"blocks": name, "stage": "probe in PyTorch", "ms": milliseconds(plain, 1)})
-            route_once = lambda: _route(plan, inputs, arguments.density)  # noqa: B023, E731
+            scores = triton_probe.probe(*inputs, "output_error", KEY_BLOCK, with_mass=False)
+            of_blocks = (plan.query_offsets, plan.key_offsets, tuple(plan.bias.shape[-2:]))
+            routing_alone = partial(
+                triton_route.select, scores, *of_blocks, "output_error", arguments.density, True
+            )
             records.append(
-                {"blocks": name, "stage": "routing alone", "ms": milliseconds(route_once, repeats)}
+                {"blocks": name, "stage": "routing alone", "ms": milliseconds(routing_alone, repeats)}
             )
     return records
 
@@ -205,19 +212,6 @@ def _kept_keys(plan: Plan) -> Tensor:
     sizes = plan.key_offsets.diff(dim=-1)[:, :, None].expand_as(plan.kept_blocks)
     listed = torch.arange(plan.bias.shape[-1], device=sizes.device) < plan.kept_count[..., None]
     return (sizes.gather(-1, plan.kept_blocks.long().clamp(min=0)) * listed).sum(-1)
-
-
-_scores: list[triton_probe.RowScores] = []
-
-
-def _route(plan: Plan, inputs: tuple, density: float) -> None:
-    """Routing with made-up scores: choosing blocks, biases and lists."""
-    if not _scores:
-        _scores.append(triton_probe.probe(*inputs, "output_error", KEY_BLOCK, with_mass=False))
-    counts = plan.bias.shape[-2:]
-    triton_route.select(
-        _scores[0], plan.query_offsets, plan.key_offsets, counts, "output_error", density, True
-    )
 
 
 if __name__ == "__main__":

@@ -7,8 +7,6 @@ process of its own, and reports what that one found. float32 only: the interpret
 from __future__ import annotations
 
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,23 +15,17 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
+sys.path.append(str(Path(__file__).parent))
+from interpreter import INTERPRETED, run_interpreted
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SCALE = 0.125
 
 if not INTERPRETED:
 
     def test_under_the_interpreter():
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
-        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-        folder = Path(__file__).parents[2]
-        run = subprocess.run(
-            command, env=environment, capture_output=True, text=True, cwd=folder, check=False
-        )
-        assert run.returncode == 0, run.stdout + run.stderr
+        run_interpreted(__file__)
 
 else:
-    sys.path.append(str(Path(__file__).parent))
     from plans import random_plan
 
     from svg_ear_compile.kernels import (

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,20 +9,15 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+sys.path.append(str(Path(__file__).parent))
+from interpreter import INTERPRETED, run_interpreted
 
-if os.environ.get("TRITON_INTERPRET") != "1":
+if not INTERPRETED:
 
     def test_under_the_interpreter():
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
-        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-        folder = Path(__file__).parents[2]
-        run = subprocess.run(
-            command, env=environment, capture_output=True, text=True, cwd=folder, check=False
-        )
-        assert run.returncode == 0, run.stdout + run.stderr
+        run_interpreted(__file__)
 
 else:
-    sys.path.append(str(Path(__file__).parent))
     from routing import case, check
 
     from svg_ear_compile.kernels import route, triton_route

@@ -13,6 +13,8 @@ from models.tiny_others import OTHERS
 from models.tiny_parts import (
     TEXT,
     Arguments,
+    cogvideox_arguments,
+    cogvideox_config,
     hunyuan_arguments,
     hunyuan_config,
     noise,
@@ -44,23 +46,8 @@ def wan_i2v() -> tuple[nn.Module, Callable[..., Arguments]]:
 
 def cogvideox() -> tuple[nn.Module, Callable[..., Arguments]]:
     from diffusers import CogVideoXTransformer3DModel
-    from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
-    model = CogVideoXTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=16,
-        text_embed_dim=16, num_layers=2, sample_width=16, sample_height=16, sample_frames=9, patch_size=2,
-        max_text_seq_length=TEXT, use_rotary_positional_embeddings=True,
-    )  # fmt: skip
-
-    def arguments(f: int, h: int, w: int, batch: int = 1) -> Arguments:
-        return {
-            "hidden_states": noise(batch, f, 4, 2 * h, 2 * w),
-            "timestep": torch.full((batch,), 500),
-            "encoder_hidden_states": noise(batch, TEXT, 16),
-            "image_rotary_emb": get_3d_rotary_pos_embed(16, ((0, 0), (h, w)), (h, w), f, device="cpu"),
-        }
-
-    return model, arguments
+    return CogVideoXTransformer3DModel(**cogvideox_config(), patch_size=2), cogvideox_arguments
 
 
 def hunyuan_video() -> tuple[nn.Module, Callable[..., Arguments]]:

@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 import torch
-from models.tiny_parts import TEXT, Arguments, Tiny, hunyuan_arguments, hunyuan_config, noise
+from models.tiny_parts import (
+    TEXT,
+    Arguments,
+    Tiny,
+    cogvideox_arguments,
+    cogvideox_config,
+    hunyuan_arguments,
+    hunyuan_config,
+    noise,
+)
 
 
 def hunyuan_video_i2v() -> Tiny:
@@ -225,23 +234,8 @@ def cosmos3() -> Tiny:
 
 def consisid() -> Tiny:
     from diffusers import ConsisIDTransformer3DModel
-    from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
-    model = ConsisIDTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=16,
-        text_embed_dim=16, num_layers=2, sample_width=16, sample_height=16, sample_frames=9,
-        max_text_seq_length=TEXT, use_rotary_positional_embeddings=True,
-    )  # fmt: skip
-
-    def arguments(f: int, h: int, w: int, batch: int = 1) -> Arguments:
-        return {
-            "hidden_states": noise(batch, f, 4, 2 * h, 2 * w),
-            "timestep": torch.full((batch,), 500),
-            "encoder_hidden_states": noise(batch, TEXT, 16),
-            "image_rotary_emb": get_3d_rotary_pos_embed(16, ((0, 0), (h, w)), (h, w), f, device="cpu"),
-        }
-
-    return model, arguments
+    return ConsisIDTransformer3DModel(**cogvideox_config()), cogvideox_arguments
 
 
 OTHERS = (

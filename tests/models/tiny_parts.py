@@ -51,3 +51,22 @@ def hunyuan_arguments(f: int, h: int, w: int, batch: int = 1) -> Arguments:
         "pooled_projections": noise(batch, 8),
         "guidance": torch.full((batch,), 6000.0),
     }
+
+
+def cogvideox_config() -> dict[str, Any]:
+    return {
+        "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4,
+        "time_embed_dim": 16, "text_embed_dim": 16, "num_layers": 2, "sample_width": 16, "sample_height": 16,
+        "sample_frames": 9, "max_text_seq_length": TEXT, "use_rotary_positional_embeddings": True,
+    }  # fmt: skip
+
+
+def cogvideox_arguments(f: int, h: int, w: int, batch: int = 1) -> Arguments:
+    from diffusers.models.embeddings import get_3d_rotary_pos_embed
+
+    return {
+        "hidden_states": noise(batch, f, 4, 2 * h, 2 * w),
+        "timestep": torch.full((batch,), 500),
+        "encoder_hidden_states": noise(batch, TEXT, 16),
+        "image_rotary_emb": get_3d_rotary_pos_embed(16, ((0, 0), (h, w)), (h, w), f, device="cpu"),
+    }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from models.tiny_parts import Arguments, Tiny, noise, wan_arguments, wan_config
 
@@ -80,35 +82,31 @@ def skyreels_v2_df() -> Tiny:
     return SkyReelsV2Transformer3DModel(**wan_config(), num_frame_per_block=2), arguments
 
 
+def anyflow_config() -> dict[str, Any]:
+    return {key: value for key, value in wan_config().items() if key != "qk_norm"}
+
+
+def anyflow_arguments(f: int, h: int, w: int, batch: int = 1) -> Arguments:
+    return wan_arguments(f, h, w, batch) | {
+        "hidden_states": noise(batch, f, 4, 2 * h, 2 * w),
+        "timestep": torch.full((batch, f), 500.0),
+        "r_timestep": torch.full((batch, f), 250.0),
+    }
+
+
 def anyflow() -> Tiny:
     from diffusers import AnyFlowTransformer3DModel
 
-    config = {key: value for key, value in wan_config().items() if key != "qk_norm"}
-
-    def arguments(f: int, h: int, w: int, batch: int = 1) -> Arguments:
-        return wan_arguments(f, h, w, batch) | {
-            "hidden_states": noise(batch, f, 4, 2 * h, 2 * w),
-            "timestep": torch.full((batch, f), 500.0),
-            "r_timestep": torch.full((batch, f), 250.0),
-        }
-
-    return AnyFlowTransformer3DModel(**config), arguments
+    return AnyFlowTransformer3DModel(**anyflow_config()), anyflow_arguments
 
 
 def anyflow_far() -> Tiny:
     from diffusers import AnyFlowFARTransformer3DModel
 
-    config = {key: value for key, value in wan_config().items() if key != "qk_norm"}
-
     def arguments(f: int, h: int, w: int, batch: int = 1) -> Arguments:
-        return wan_arguments(f, h, w, batch) | {
-            "hidden_states": noise(batch, f, 4, 2 * h, 2 * w),
-            "timestep": torch.full((batch, f), 500.0),
-            "r_timestep": torch.full((batch, f), 250.0),
-            "chunk_partition": [1, f - 1],
-        }
+        return anyflow_arguments(f, h, w, batch) | {"chunk_partition": [1, f - 1]}
 
-    return AnyFlowFARTransformer3DModel(**config), arguments
+    return AnyFlowFARTransformer3DModel(**anyflow_config()), arguments
 
 
 def helios() -> Tiny:
