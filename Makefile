@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint types gpu clean
+.PHONY: demo test lint types gpu sanitize clean
 
 demo: .venv/ready
 	$(BIN)/svg-ear demo $(ARGS)
@@ -23,6 +23,11 @@ types: .venv/ready
 # On a machine with a GPU, in an environment that has torch, triton and diffusers.
 gpu:
 	$(PYTHON) -m pytest -q tests/gpu $(ARGS)
+
+# Memory errors and races of the kernels on small shapes; compute-sanitizer comes with CUDA.
+sanitize:
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 $(PYTHON) tests/gpu/sanitize.py
+	compute-sanitizer --tool racecheck --error-exitcode 9 $(PYTHON) tests/gpu/sanitize.py
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
