@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from svg_ear_compile.kernels import cluster, kmeans
+from svg_ear_compile.kernels import cluster, kmeans, splits
 from svg_ear_compile.kernels.plan import KEY_BLOCK, QUERY_BLOCK, block_counts
 
 CPU = torch.device("cpu")
@@ -98,7 +98,7 @@ def exact_splits(x: Tensor, tiles: int, block: int) -> Tensor:
 @pytest.mark.parametrize(("n", "block"), [(1000, 64), (1000, 128), (515, 64), (700, 32)])
 def test_splits_are_as_compact_as_with_exact_directions(n: int, block: int) -> None:
     x = tokens(2, 2, n, 24)
-    order = cluster.splits(x, None, block)
+    order = splits.splits(x, None, block)
     assert is_permutation(order)
     found = radius(x.gather(2, order[..., None].expand_as(x)), block)
     exact = radius(
@@ -113,7 +113,7 @@ def test_splits_of_separate_clusters_are_the_clusters() -> None:
     x = (torch.eye(8)[label] * 100)[None, None] + 0.01 * torch.randn(
         1, 1, 512, 8, generator=torch.Generator().manual_seed(2)
     )
-    found = label[cluster.splits(x, None, 64)[0, 0]].view(8, 64)
+    found = label[splits.splits(x, None, 64)[0, 0]].view(8, 64)
     assert (found == found[:, :1]).all()
 
 
@@ -197,7 +197,7 @@ def test_masked_tokens_do_not_move_the_splits() -> None:
     x += 0.01 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     valid = (torch.arange(256) // 2 % 2 == 0)[None]
     x[:, :, ~valid[0]] = 100 * torch.randn(128, 4, generator=torch.Generator().manual_seed(1))
-    order = cluster.splits(x, valid, 64)[0, 0]
+    order = splits.splits(x, valid, 64)[0, 0]
     assert valid[0, order[:128]].all()
     assert not valid[0, order[128:]].any()
     blocks = (order[:128] % 2).view(2, 64)
@@ -251,7 +251,7 @@ def test_same_bits_twice_any_strides_any_batch(order: str, dtype: torch.dtype) -
 def test_small_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     x = tokens(2, 3, 273, 16)
     whole = [make(x, order)[0] for order in ("splits", "kmeans")]
-    monkeypatch.setattr(cluster, "_CHUNK_BYTES", 1)
+    monkeypatch.setattr(splits, "_CHUNK_BYTES", 1)
     monkeypatch.setattr(kmeans, "_CHUNK_BYTES", 40 * 6 * 4)
     for blocks, order in zip(whole, ("splits", "kmeans"), strict=True):
         assert torch.equal(make(x, order)[0].order, blocks.order)
