@@ -22,10 +22,10 @@ _POWER_ITERATIONS = 4
 def splits(x: Tensor, valid: Tensor | None, block: int) -> Tensor:
     """slot -> token [B,H,N] int64 by recursive balanced splits of x [B,H,N,D] along principal directions.
 
-    N tokens are m = ceil(N/block) tiles. At level l the slots are 2^l segments of whole tiles, segment k those
-    numbered from ceil(k m / 2^l) to ceil((k+1) m / 2^l); each segment is sorted along its first principal
-    direction, stably, and so cut in two for the next level. Masked tokens sort last everywhere, so the valid
-    ones fill a prefix of the slots.
+    N tokens are m = ceil(N/block) tiles. At level l the slots are 2^l segments of whole tiles, segment k
+    those numbered from ceil(k m / 2^l) to ceil((k+1) m / 2^l); each segment is sorted along its first
+    principal direction, stably, and so cut in two for the next level. Masked tokens sort last everywhere,
+    so the valid ones fill a prefix of the slots.
     """
     B, H, N, D = x.shape
     order = torch.empty((B, H, N), dtype=torch.int64, device=x.device)
