@@ -24,6 +24,9 @@ exp(lse_ij) at the query centroid, so what is lost is
 Being normalised it is comparable across rows and heads. In both, `error` is the log of the squared error per
 exactly computed key, log E_ij - log n_j: the number of queries, |Q_i|, is a factor of gain and cost alike.
 
+Routing "mass" (SVG2, arXiv 2505.18875) looks at centroids only: error is the mass log n_j + sbar_ij itself,
+and no key is read.
+
 All exponentials are taken below the block's own maximum: logits of any size neither overflow nor vanish.
 """
 
@@ -45,7 +48,7 @@ class Scores(NamedTuple):
 
     error: log of the estimated squared error of leaving the block to its centroid, per exactly computed key
     (its scale is the routing's business). mass: log n_j + s(qc_i, kc_j). gap: the Jensen gap
-    LSE_t s(qc_i, k_t) - log n_j - s(qc_i, kc_j) >= 0.
+    LSE_t s(qc_i, k_t) - log n_j - s(qc_i, kc_j) >= 0. With routing "mass" the error is the mass, the gap 0.
     """
 
     error: Tensor
@@ -86,6 +89,8 @@ def probe(
     largest_block: no key block holds more tokens (equal tiles); None when that is not known. with_mass:
     whether the routing will ask for the mass; makes no difference here.
     """
+    if routing == "mass":
+        return centroid_mass(query_centroids, key_centroids, key_offsets, scale)
     if routing not in ("output_error", "svg_ear"):
         raise ValueError(f"unknown routing {routing!r}")
     B, H, Cq, D = query_centroids.shape
@@ -119,6 +124,17 @@ def probe(
     # An infinite key may leave logits that are in order, but not the centroid of its block.
     error.masked_fill_(~gap.isfinite(), torch.nan)
     return Scores(*(x.masked_fill_(sizes == 0, -torch.inf) for x in (error - sizes.log(), mass, gap)))
+
+
+def centroid_mass(
+    query_centroids: Tensor, key_centroids: Tensor, key_offsets: Tensor, scale: float
+) -> Scores:
+    """The scores of routing "mass"; float32."""
+    sizes = key_offsets.diff(dim=-1)[:, :, None]
+    mass = scale * (query_centroids.float() @ key_centroids.float().mT) + sizes.log()
+    empty = (sizes == 0).expand_as(mass)
+    error = mass.masked_fill(~mass.isfinite() & ~empty, torch.nan)
+    return Scores(*(x.masked_fill(empty, -torch.inf) for x in (error, mass, torch.zeros_like(mass))))
 
 
 def _cut(offsets: Tensor, length: int, largest_block: int | None) -> _Slices:

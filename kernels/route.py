@@ -12,6 +12,9 @@ blocks with the largest centroid mass first and in any case, then the others by 
 spent, so the last may overshoot. A density scales all budgets of a batch element by one factor, the largest
 that does not exceed it; only the 5% may, when they alone are more.
 
+"mass" (SVG2, arXiv 2505.18875): as "svg_ear" with the centroid mass for the error, so the 5% are nothing
+special: without a density just the blocks of top-p 0.9.
+
 Areas are summed as integers: exactly, and in any order with the same result.
 """
 
@@ -73,7 +76,7 @@ def route(
     """kept [B,H,Cq,Ck] bool. Text rows and columns are always kept; empty key blocks never.
 
     query_sizes [B,H,Cq], key_sizes [B,H,Ck]: tokens per block. density: exact video query-key pairs over all
-    of them; None spends what top-p 0.9 would keep, in both routings.
+    of them; None spends what top-p 0.9 would keep.
     """
     video = (slice(None), slice(None), slice(video_query_blocks), slice(video_key_blocks))
     rows, columns = query_sizes[:, :, :video_query_blocks].long(), key_sizes[:, :, :video_key_blocks]
@@ -90,9 +93,12 @@ def route(
         else:
             budget = (_all_pairs(rows, columns) * density).long()
         chosen = _one_budget(error, cost, rows, budget)
-    elif routing == "svg_ear":
+    elif routing in ("svg_ear", "mass"):
         pairs = None if density is None else _all_pairs(rows, columns) * density
-        chosen = _row_budgets(error, mass, cost, rows, (columns > 0).sum(-1), pairs)
+        floor = (columns > 0).sum(-1)[..., None, None]
+        floor = -(-floor * (FLOOR_PERCENT if routing == "svg_ear" else 0) // 100)
+        score = _floor_first(error, mass, floor) if routing == "svg_ear" else mass
+        chosen = _row_budgets(score, _top_p_cost(mass, cost), cost, rows, floor, pairs)
     else:
         raise ValueError(f"unknown routing {routing!r}")
 
@@ -127,17 +133,21 @@ def _top_p_cost(mass: Tensor, cost: Tensor) -> Tensor:
     return torch.where(_top_p(mass), cost, 0).sum(-1)
 
 
-def _row_budgets(
-    error: Tensor, mass: Tensor, cost: Tensor, rows: Tensor, filled: Tensor, pairs: Tensor | None
-) -> Tensor:
-    """The paper's rule, row by row; bool. filled [B,H]: non-empty key blocks; pairs [B]: wanted, or None."""
-    budget = _top_p_cost(mass, cost)
-    floor = -(-filled * FLOOR_PERCENT // 100)[:, :, None, None]
+def _floor_first(error: Tensor, mass: Tensor, floor: Tensor) -> Tensor:
+    """The error, infinite for the `floor` [B,H,1,1] blocks of each row with the largest mass."""
     rank = mass.argsort(dim=-1, descending=True, stable=True)
-    place = torch.arange(cost.shape[-1], device=cost.device).expand_as(rank)
+    place = torch.arange(mass.shape[-1], device=mass.device).expand_as(rank)
     always = torch.empty_like(rank).scatter_(-1, rank, place) < floor
-    first = torch.where(always, torch.inf, error.clamp(max=torch.finfo(error.dtype).max))
-    rank = first.argsort(dim=-1, descending=True, stable=True)
+    return torch.where(always, torch.inf, error.clamp(max=torch.finfo(error.dtype).max))
+
+
+def _row_budgets(
+    score: Tensor, budget: Tensor, cost: Tensor, rows: Tensor, floor: Tensor, pairs: Tensor | None
+) -> Tensor:
+    """The papers' rule, row by row: blocks by score until the budget [B,H,Cq] is spent, and the first `floor`
+    [B,H,1,1] in any case; bool. pairs [B]: wanted, or None."""
+    rank = score.argsort(dim=-1, descending=True, stable=True)
+    place = torch.arange(cost.shape[-1], device=cost.device)
     spent = cost.gather(-1, rank).cumsum(-1, dtype=torch.int32)
     before = torch.nn.functional.pad(spent[..., :-1], (1, 0))
     if pairs is not None:

@@ -14,7 +14,8 @@ centred instead of values, on the chip and before they are rounded for the secon
 One program takes BLOCK_M query centroids and a run of key blocks; logits and weights stay on the chip. Query
 and key centroids are rounded to the dtype of the keys, as the attention kernel will see them: the gap makes
 up for what that does to a centroid's logit. c_i is summed up run by run, so it is known only afterwards: the
-scores carry it in `parts`, for the routing to take off.
+scores carry it in `parts`, for the routing to take off. For routing "mass", which reads no key, there is
+nothing to fuse: probe.centroid_mass.
 
 key, value [B,H,L,D] contiguous in block order; blocks of any size, in tiles of 64 keys (windows that end with
 the block's part, as in triton_attention.py): one pass where no block is larger (ONE_TILE), else two.
@@ -32,6 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .plan import KEY_BLOCK
+from .probe import centroid_mass
 from .triton_configs import Config, probe_config_for
 from .triton_tiles import LN_2, LOG2_E, capability, descriptor, load_rows
 
@@ -257,6 +259,9 @@ def probe(
     config: Config | None = None,
 ) -> RowScores:
     """Scores of all blocks, as kernels/probe.py's function of this name."""
+    if routing == "mass":
+        found = centroid_mass(query_centroids, key_centroids, key_offsets, scale)
+        return RowScores(*found, torch.zeros_like(found.mass[:, :, None, :, 0]))
     if routing not in ("output_error", "svg_ear"):
         raise ValueError(f"unknown routing {routing!r}")
     if scale <= 0:

@@ -5,13 +5,13 @@ Precedence, highest first:
 1. `SVG_EAR=0`: everything off, whatever else is set
 2. `torch.compile(..., options={"density": 0.3})`
 3. the environment, `SVG_EAR_DENSITY=0.3`, read whenever a graph is compiled; empty means unset
-4. derived from another setting: preset "svg_ear" sets order, routing, and the density; quality sets
-   target_error and dense_steps
+4. derived from another setting: presets "svg_ear" and "svg2" set order, routing, compensate and the density;
+   quality sets target_error and dense_steps
 5. the default
 
 How much is computed is said by one of density, target_error and quality. Two of them in options are an error,
 and so are two in the environment; one in options wins over another in the environment, and None says nothing.
-If nothing says it, it is quality "balanced", or with preset "svg_ear" what the paper's top-p 0.9 finds.
+If nothing says it, it is quality "balanced", or with a paper's preset what its top-p 0.9 finds.
 
 Options that are not ours go to Inductor if Inductor knows them, `mode` too (torch.compile refuses its own
 mode= beside options=). Anything else is an error that names the nearest known setting.
@@ -120,6 +120,13 @@ QUALITY = {
     "turbo": Quality(0.08, 0.1),
 }
 DEFAULT_QUALITY = "balanced"
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "svg_ear": {"order": "kmeans", "compensate": True},
+    "svg2": {"order": "kmeans", "compensate": False},
+}
+"""What a preset means for other settings."""
+ROUTINGS = {"default": "output_error", "svg_ear": "svg_ear", "svg2": "mass"}
 GUARD = 3.0
 """Where max_error is not set, it is so many times the target."""
 
@@ -184,8 +191,9 @@ class Settings:
         "layers that always run dense",
     )  # fmt: skip
     preset: str = _setting(
-        "default", _choice("default", "svg_ear"), "default or svg_ear",
-        "svg_ear: the paper's clusters (order kmeans), error formula and budget",
+        "default", _choice(*PRESETS), "default, svg_ear or svg2",
+        "svg_ear: the paper's clusters (order kmeans), error formula and budget; svg2: these clusters, the "
+        "blocks with the largest centroid mass, and nothing for the others (compensate 0)",
     )  # fmt: skip
     merge: bool = _setting(
         True, _bool, BOOLEAN, "one op per attention site; 0 keeps the three that make it up"
@@ -212,7 +220,7 @@ class Settings:
     @property
     def routing(self) -> str:
         """How blocks are chosen: follows from the preset."""
-        return "svg_ear" if self.preset == "svg_ear" else "output_error"
+        return ROUTINGS[self.preset]
 
     @property
     def guard(self) -> float:
@@ -270,14 +278,14 @@ def resolve(
         elif environ.get(variable, "").strip():
             values[name], sources[name] = _parse(f, environ[variable], variable), variable
     derived: dict[str, str] = {}
-    if values.get("preset") == "svg_ear":
-        for name, value in {"order": "kmeans", "compensate": True}.items():
-            if values.setdefault(name, value) != value:
-                raise SettingsError(
-                    f"{name}={values[name]!r} ({sources[name]}) contradicts preset 'svg_ear' "
-                    f"({sources['preset']}), which means {name}={value!r}"
-                )
-            derived[name] = "preset"
+    preset = values.get("preset", "default")
+    for name, value in PRESETS[preset].items():
+        if values.setdefault(name, value) != value:
+            raise SettingsError(
+                f"{name}={values[name]!r} ({sources[name]}) contradicts preset {preset!r} "
+                f"({sources['preset']}), which means {name}={value!r}"
+            )
+        derived[name] = "preset"
     derived |= _how_much(values, sources)
     sources |= {name: source for name, source in derived.items() if sources[name] == "default"}
     settings = Settings(**values)
@@ -301,7 +309,7 @@ def _how_much(values: dict[str, Any], sources: dict[str, str]) -> dict[str, str]
     for name in set(said) - set(chosen):
         sources[name] = "default"
     if not chosen:
-        if values.get("preset") == "svg_ear":
+        if values.get("preset", "default") != "default":
             values |= dict.fromkeys(rivals)
             return dict.fromkeys(rivals, "preset")
         return {}

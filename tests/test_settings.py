@@ -44,6 +44,7 @@ def test_defaults() -> None:
         ("dense_layers", "0, 38-39", ((0, 0), (38, 39))),
         ("dense_layers", "5,", ((5, 5),)),
         ("preset", "svg_ear", "svg_ear"),
+        ("preset", "SVG2", "svg2"),
         ("merge", "0", False),
         ("merge", "TRUE", True),
         ("inner", "eager", "eager"),
@@ -124,6 +125,7 @@ def test_nonsense_in_the_environment_names_the_variable() -> None:
         ({"density": 0.4}, {"SVG_EAR_DENSITY": "nonsense"}, 0.4, "options"),
         ({"preset": "svg_ear"}, {}, None, "preset"),
         ({}, {"SVG_EAR_PRESET": "svg_ear"}, None, "preset"),
+        ({"preset": "svg2"}, {}, None, "preset"),
         ({"preset": "svg_ear"}, {"SVG_EAR_DENSITY": "0.3"}, 0.3, "SVG_EAR_DENSITY"),
         ({"preset": "svg_ear", "density": None}, {"SVG_EAR_DENSITY": "0.3"}, None, "options"),
     ],
@@ -149,6 +151,7 @@ HOW_MUCH: list[tuple[dict[str, Any], dict[str, str], tuple[Any, ...]]] = [
     ({"quality": "high"}, {"SVG_EAR_TARGET_ERROR": "0.3", "SVG_EAR_DENSITY": "1"}, ("high", 0.02, None, 0.2)),
     ({"preset": "svg_ear"}, {}, (None, None, None, 0.2)),
     ({"preset": "svg_ear", "density": 0.2}, {}, (None, None, 0.2, 0.2)),
+    ({"preset": "svg2"}, {}, (None, None, None, 0.2)),
     ({"preset": "svg_ear", "target_error": 0.05}, {}, (None, 0.05, None, 0.2)),
     ({"preset": "svg_ear"}, {"SVG_EAR_QUALITY": "turbo"}, ("turbo", 0.08, None, 0.1)),
 ]
@@ -234,9 +237,11 @@ def test_switch_refuses_nonsense() -> None:
         resolve({}, {"SVG_EAR": "2"})
 
 
-def test_the_preset_is_the_paper() -> None:
+def test_presets_are_the_papers() -> None:
     settings = resolve({"preset": "svg_ear"}, {}).settings
     assert (settings.order, settings.routing, settings.compensate) == ("kmeans", "svg_ear", True)
+    settings = resolve({"preset": "svg2"}, {}).settings
+    assert (settings.order, settings.routing, settings.compensate) == ("kmeans", "mass", False)
     assert (DEFAULTS.order, DEFAULTS.routing) == ("auto", "output_error")
 
 
@@ -247,10 +252,14 @@ def test_the_preset_is_the_paper() -> None:
         ({"preset": "svg_ear", "compensate": False}, {}),
         ({"preset": "svg_ear"}, {"SVG_EAR_ORDER": "splits"}),
         ({"order": "auto"}, {"SVG_EAR_PRESET": "svg_ear"}),
+        ({"preset": "svg2", "order": "cubes"}, {}),
+        ({"preset": "svg2", "compensate": True}, {}),
+        ({"compensate": True}, {"SVG_EAR_PRESET": "svg2"}),
     ],
 )
 def test_conflicts_with_the_preset(options: dict[str, Any], environ: dict[str, str]) -> None:
-    with pytest.raises(SettingsError, match="contradicts preset 'svg_ear'"):
+    preset = options.get("preset") or environ["SVG_EAR_PRESET"]
+    with pytest.raises(SettingsError, match=f"contradicts preset '{preset}'"):
         resolve(options, environ)
 
 

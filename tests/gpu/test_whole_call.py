@@ -50,6 +50,7 @@ CASES = {
     "cubes": ((1, 3, 5 * 12 * 13 + 40, 128), 40, (5, 12, 13), "auto", "output_error"),
     "splits": ((2, 2, 700, 64), 0, (), "splits", "output_error"),
     "paper": ((1, 2, 1500, 128), 0, (), "kmeans", "svg_ear"),
+    "svg2": ((1, 2, 1500, 128), 0, (), "kmeans", "mass"),
 }
 
 

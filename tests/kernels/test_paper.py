@@ -1,7 +1,7 @@
-"""The preset "svg_ear" against the paper, written down once more in plain float64 loops.
+"""The presets "svg_ear" and "svg2" against their papers, written down once more in plain float64 loops.
 
-arXiv 2603.08982 (SVG-EAR) with the clusters of arXiv 2505.18875 (SVG2). Nothing here is shared with the
-kernels but the tokens that k-means starts from.
+arXiv 2603.08982 (SVG-EAR) with the clusters of arXiv 2505.18875 (SVG2), and SVG2 itself. Nothing here is
+shared with the kernels but the tokens that k-means starts from.
 """
 
 from __future__ import annotations
@@ -87,6 +87,12 @@ def greedy(
     return rows
 
 
+def by_mass(q: Tensor, kc: Tensor, k_sizes: list[int]) -> list[list[int]]:
+    """SVG2: each row's key clusters, the largest share of the mass n_j exp(s(qc_i, kc_j)) first."""
+    filled = [j for j in range(len(kc)) if k_sizes[j]]
+    return [sorted(filled, key=lambda j, q=row: -k_sizes[j] * (SCALE * q @ kc[j]).exp().item()) for row in q]
+
+
 def compensated(
     q: Tensor, k: Tensor, v: Tensor, labels: list[int], kc: Tensor, vc: Tensor, exact: list[int]
 ) -> Tensor:
@@ -142,15 +148,17 @@ class Ours:
         found[self.blocks[n].order[0, h].long()] = torch.repeat_interleave(ends.diff().long())
         return found.tolist()
 
-    def scores_and_kept(self, density: float | None) -> tuple[probe.Scores, Tensor, Tensor]:
+    def scores_and_kept(
+        self, density: float | None, routing: str = "svg_ear", compensate: bool = True
+    ) -> tuple[probe.Scores, Tensor, Tensor]:
         queries, keys = self.blocks
         k, v = (permute.gather(x, keys.order, keys.offsets) for x in (self.k, self.v))
         qc = permute.block_means(permute.gather(self.q, queries.order, queries.offsets), queries.offsets)
         kc, vc = (permute.block_means(x, keys.offsets) for x in (k, v))
-        scores = probe.probe(qc, k, v, keys.offsets, kc, vc, SCALE, "svg_ear")
+        scores = probe.probe(qc, k, v, keys.offsets, kc, vc, SCALE, routing)
         sizes = queries.offsets.diff(dim=-1), keys.offsets.diff(dim=-1)
-        kept = route.route(scores, *sizes, QUERY_CLUSTERS, KEY_CLUSTERS, "svg_ear", density)
-        return scores, kept, route.centroid_bias(scores, kept, sizes[1], "svg_ear", True)
+        kept = route.route(scores, *sizes, QUERY_CLUSTERS, KEY_CLUSTERS, routing, density)
+        return scores, kept, route.centroid_bias(scores, kept, sizes[1], routing, compensate)
 
 
 SEEDS = pytest.mark.parametrize("seed", [0, 1, 2])
@@ -255,3 +263,62 @@ def test_a_density_scales_the_budgets(seed: int, density: float) -> None:
                 assert min(score[j] for j in rest) >= max(score[j] for j in left)
     wanted = density * 2 * ours.L**2
     assert wanted - largest < pairs <= wanted
+
+
+@SEEDS
+def test_svg2_keeps_top_p_and_drops_the_rest(seed: int) -> None:
+    """The clusters of top-p 0.9, and a softmax over their tokens alone."""
+    ours = Ours(seed)
+    _, kept, bias = ours.scores_and_kept(None, "mass", compensate=False)
+    assert (bias == -math.inf).all()
+    for h in range(2):
+        q, k, v = (x[0, h].double() for x in (ours.q, ours.k, ours.v))
+        q_labels, k_labels = ours.labels(0, h), ours.labels(1, h)
+        k_sizes = [k_labels.count(c) for c in range(KEY_CLUSTERS)]
+        qc, kc = means(q, q_labels, QUERY_CLUSTERS), means(k, k_labels, KEY_CLUSTERS)
+        rows = []
+        for i in range(QUERY_CLUSTERS):
+            mass = [n * (SCALE * qc[i] @ kc[j]).exp().item() for j, n in enumerate(k_sizes)]
+            rows.append(top_p(mass, 0.9) if i in q_labels else [])
+            assert kept[0, h, i].nonzero()[:, 0].tolist() == sorted(rows[i])
+        assert 0 < sum(map(len, rows)) < QUERY_CLUSTERS * KEY_CLUSTERS, "neither nothing nor everything"
+        for t in range(0, ours.L, 10):
+            row = rows[q_labels[t]]
+            exact = torch.tensor([u for u in range(ours.L) if k_labels[u] in row])
+            wanted = (SCALE * k[exact] @ q[t]).softmax(-1) @ v[exact]
+            seen = kept[0, h, q_labels[t]][torch.tensor(k_labels)]
+            logits = (SCALE * k @ q[t]).masked_fill(~seen, -math.inf)
+            logits = torch.cat([logits, SCALE * kc @ q[t] + bias[0, h, q_labels[t]].double()])
+            ours_out = logits.softmax(-1) @ torch.cat([v, means(v, k_labels, KEY_CLUSTERS)])
+            torch.testing.assert_close(ours_out, wanted, rtol=0, atol=1e-12)
+
+
+@SEEDS
+@pytest.mark.parametrize("density", [0.15, 0.5])
+def test_svg2_with_a_density(seed: int, density: float) -> None:
+    """Every row keeps its clusters of the largest mass, as many as one factor of all budgets allows."""
+    ours = Ours(seed)
+    _, kept, _ = ours.scores_and_kept(density, "mass", compensate=False)
+    pairs = largest = 0
+    lows, highs = [], []
+    for h in range(2):
+        q_labels, k_labels = ours.labels(0, h), ours.labels(1, h)
+        k_sizes = [k_labels.count(c) for c in range(KEY_CLUSTERS)]
+        qc = means(ours.q[0, h].double(), q_labels, QUERY_CLUSTERS)
+        kc = means(ours.k[0, h].double(), k_labels, KEY_CLUSTERS)
+        largest = max(largest, max(map(q_labels.count, q_labels)) * max(k_sizes))
+        for i, order in enumerate(by_mass(qc, kc, k_sizes)):
+            row = kept[0, h, i].nonzero()[:, 0].tolist()
+            if i not in q_labels:
+                assert not row
+                continue
+            assert row == sorted(order[: len(row)]), "those of the largest mass"
+            pairs += q_labels.count(i) * sum(k_sizes[j] for j in row)
+            mass = [n * (SCALE * qc[i] @ kc[j]).exp().item() for j, n in enumerate(k_sizes)]
+            budget = sum(k_sizes[j] for j in top_p(mass, 0.9))
+            # factor x budget is more than what the last cluster found spent, and no more than what it left.
+            lows += [sum(k_sizes[j] for j in order[: len(row) - 1]) / budget] if row else []
+            highs += [sum(k_sizes[j] for j in row) / budget] if len(row) < len(order) else []
+    wanted = density * 2 * ours.L**2
+    assert wanted - largest < pairs <= wanted
+    assert max(lows) <= min(highs) + 1e-9, "one factor for all rows"

@@ -197,6 +197,29 @@ def test_narrow_inputs_are_read_as_they_are(dtype: torch.dtype, routing: str) ->
     assert all(p.dtype == torch.float32 and torch.equal(p, q) for p, q in pairs)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_mass_equals_loops_and_reads_centroids_only(layout: str) -> None:
+    case = Case(layout)
+    kc = permute.block_means(case.key, case.offsets)
+    error, mass, gap = case.scores("mass")
+    for b in range(2):
+        for h in range(2):
+            for j, first, end in case.blocks(b, h):
+                if first == end:
+                    assert all((x[b, h, :, j] == -math.inf).all() for x in (error, mass, gap))
+                    continue
+                logits = case.scale * case.queries[b, h].double() @ kc[b, h, j].double()
+                wanted = (math.log(end - first) + logits).float()
+                torch.testing.assert_close(mass[b, h, :, j], wanted, rtol=1e-6, atol=1e-5)
+                assert torch.equal(error[b, h, :, j], mass[b, h, :, j])
+                assert not gap[b, h, :, j].any()
+    key = case.key.clone()
+    key[0, 0, 0] = torch.nan
+    error, mass, _ = case.scores("mass", key=key)
+    assert error[0, 0, :, 0].isnan().all() or case.offsets[0, 0, 1] == 0
+    assert not error[0, 1].isnan().any()
+
+
 def test_an_unknown_routing_is_refused() -> None:
-    with pytest.raises(ValueError, match="unknown routing 'mass'"):
-        Case("tiles").scores("mass")
+    with pytest.raises(ValueError, match="unknown routing 'greedy'"):
+        Case("tiles").scores("greedy")

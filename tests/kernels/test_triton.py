@@ -215,7 +215,7 @@ if INTERPRETED:
         expected_means = permute.gathered_means(query, plan.query_order, plan.query_offsets)
         torch.testing.assert_close(means, expected_means)
 
-    @pytest.mark.parametrize("routing", ["output_error", "svg_ear"])
+    @pytest.mark.parametrize("routing", ["output_error", "svg_ear", "mass"])
     @pytest.mark.parametrize("equal", [True, False], ids=["tiles", "clusters"])
     def test_probe(equal, routing):
         query, key, value = inputs(150, 64, heads=2)

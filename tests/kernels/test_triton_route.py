@@ -43,7 +43,8 @@ else:
         check(nothing, "output_error", 0.5)
 
     @pytest.mark.parametrize(
-        ("routing", "density"), [("svg_ear", 0.3), ("svg_ear", None), ("output_error", None)]
+        ("routing", "density"),
+        [("svg_ear", 0.3), ("svg_ear", None), ("output_error", None), ("mass", 0.3), ("mass", None)],
     )
     def test_lists_of_what_is_chosen_elsewhere(routing, density):
         check(case(masked=True, errors="bad"), routing, density)
