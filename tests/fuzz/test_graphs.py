@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
 from svg_ear_compile import backend, records
-from svg_ear_compile.kernels import ops, reference
-from svg_ear_compile.kernels.ops import SiteConstants
+from svg_ear_compile.kernels import planning, reference
+from svg_ear_compile.kernels.constants import SiteConstants
 from svg_ear_compile.kernels.plan import Plan
 
 pytestmark = [
@@ -62,14 +62,14 @@ class Variants:
 def plans() -> Iterator[dict[int, Plan]]:
     """Per site, the plan that was used last."""
     used: dict[int, Plan] = {}
-    make_plan = ops.make_plan
+    make_plan = planning.make_plan
 
     def spy(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, c: SiteConstants) -> Plan:
         used[c.site] = make_plan(query, key, value, attn_mask, c)
         return used[c.site]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "make_plan", spy)
+        patch.setattr(planning, "make_plan", spy)
         yield used
 
 

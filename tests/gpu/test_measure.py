@@ -4,35 +4,21 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
+from gpu.cuda import inputs, no_waiting
 from torch import Tensor
 
 from svg_ear_compile.control import Sums
-from svg_ear_compile.kernels import context, measure, ops, reference
+from svg_ear_compile.kernels import context, measure, ops, reference  # noqa: F401 - registers the ops
+from svg_ear_compile.kernels.constants import SiteConstants
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 TEXT, GRID = 40, (5, 12, 13)
 SITE = 0
-CONSTANTS = ops.SiteConstants(None, TEXT, False, list(GRID), "auto", "output_error", True, 0.3, 0, SITE)
-
-
-@contextmanager
-def no_waiting() -> Iterator[None]:
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-def inputs() -> tuple[Tensor, ...]:
-    random = torch.Generator("cuda").manual_seed(0)
-    x = torch.randn(3, 2, math.prod(GRID) + TEXT, 3, 128, device="cuda", generator=random)
-    return tuple(y.to(torch.bfloat16).transpose(1, 2) for y in x)
+SHAPE = (2, 3, math.prod(GRID) + TEXT, 128)
+CONSTANTS = SiteConstants(None, TEXT, False, list(GRID), "auto", "output_error", True, 0.3, 0, SITE)
 
 
 def attend(
@@ -48,7 +34,7 @@ def attend(
 @pytest.mark.parametrize("masked", [False, True])
 def test_it_is_the_error(masked, monkeypatch):
     monkeypatch.setattr(measure, "ROWS", 10**6)  # all rows: nothing is left to chance
-    qkv = inputs()
+    qkv = inputs(SHAPE)
     mask = None
     if masked:
         mask = (torch.arange(qkv[0].shape[2], device="cuda") < qkv[0].shape[2] - 9).expand(2, 1, 1, -1)
@@ -59,7 +45,7 @@ def test_it_is_the_error(masked, monkeypatch):
 
 
 def test_nothing_waits_before_it_is_read():
-    qkv = inputs()
+    qkv = inputs(SHAPE)
     attend(qkv, context.Measure(1))
     attend(qkv, context.Measure(1, (0.2, 0.5)), dense=True)
     Sums(torch.zeros(1, 2, 2, 3, device="cuda"))  # the first pinned allocation may wait
@@ -74,7 +60,7 @@ def test_nothing_waits_before_it_is_read():
 
 
 def test_the_same_bits_twice_and_another_seed_is_another_sample():
-    qkv = inputs()
+    qkv = inputs(SHAPE)
     first, again, other = (attend(qkv, context.Measure(seed))[1].measured[SITE] for seed in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -82,7 +68,7 @@ def test_the_same_bits_twice_and_another_seed_is_another_sample():
 
 def test_a_trial_is_what_the_sparse_call_then_makes():
     """The plan's own formula on the sampled rows, against the kernel on the same rows."""
-    qkv = inputs()
+    qkv = inputs(SHAPE)
     _, dense = attend(qkv, context.Measure(1, (CONSTANTS.density,)), dense=True)
     _, sparse = attend(qkv, context.Measure(1))
     torch.testing.assert_close(dense.measured[SITE], sparse.measured[SITE], rtol=0.05, atol=0)
@@ -91,12 +77,8 @@ def test_a_trial_is_what_the_sparse_call_then_makes():
 def test_a_measurement_takes_a_small_share_of_the_call():
     """Of 720p video, 8 heads: medians of 15 calls with and without, in turns. One in four is measured."""
     grid = (21, 45, 80)
-    random = torch.Generator("cuda").manual_seed(0)
-    qkv = [
-        torch.randn(1, math.prod(grid), 8, 128, device="cuda", generator=random).bfloat16().transpose(1, 2)
-        for _ in range(3)
-    ]
-    constants = ops.SiteConstants(None, 0, False, list(grid), "auto", "output_error", True, 0.25, 0, SITE)
+    qkv = inputs((1, 8, math.prod(grid), 128))
+    constants = SiteConstants(None, 0, False, list(grid), "auto", "output_error", True, 0.25, 0, SITE)
 
     def milliseconds(measured: bool) -> float:
         request = {SITE: context.Measure(1)} if measured else {}

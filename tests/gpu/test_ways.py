@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from gpu.cuda import no_waiting
 from torch import Tensor
 from toy import SPARSE, calls, compiled
 
@@ -158,11 +159,8 @@ def test_a_mask_is_read_once_and_then_nobody_waits() -> None:
         run(**call)
         run(**call)
         torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_waiting():
             run(**call)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
     sparse, dense = calls()
     assert sparse > 0
     assert not dense

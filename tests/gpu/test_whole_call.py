@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+from gpu.cuda import inputs, no_waiting
 from torch import Tensor
 
-from svg_ear_compile.kernels import context, ops, reference
+from svg_ear_compile.kernels import context, ops, reference  # noqa: F401 - registers the ops
+from svg_ear_compile.kernels.dense import dense_attention
 from svg_ear_compile.kernels.plan import Plan
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-
-
-def inputs(shape: tuple[int, int, int, int], dtype: torch.dtype = torch.bfloat16, seed: int = 0):
-    """query, key, value [B,H,L,D], strided as a model's [B,L,H,D]."""
-    B, H, L, D = shape
-    random = torch.Generator("cuda").manual_seed(seed)
-    x = torch.randn(3, B, L, H, D, device="cuda", generator=random)
-    return tuple(y.to(dtype).transpose(1, 2) for y in x)
 
 
 def constants(
@@ -34,16 +26,6 @@ def constants(
 def attend(qkv, mask: Tensor | None, fixed: tuple[Any, ...]) -> Tensor:
     with context.active(context.Call(strict=True)):
         return torch.ops.svg_ear.attention(*qkv, mask, *fixed)
-
-
-@contextmanager
-def no_waiting() -> Iterator[None]:
-    """Raises where the host waits for the device."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 CASES = {
@@ -131,7 +113,7 @@ def test_not_numbers_stay_in_their_head():
         poisoned = [x.clone() for x in clean]
         poisoned[i][0, 1, 100, 3] = math.nan
         out = attend(poisoned, None, fixed)
-        dense = ops.dense_attention(*poisoned, None, None)
+        dense = dense_attention(*poisoned, None, None)
         assert not out[:, [0, 2]].isnan().any()
         assert out[0, 1][dense[0, 1].isnan()].isnan().all()
     assert not good.isnan().any()

@@ -15,7 +15,7 @@ import torch
 from models.capture import Backend, Knobs, compiled
 from torch import Tensor, fx, nn
 
-from svg_ear_compile.kernels import context, ops, reference
+from svg_ear_compile.kernels import context, planning, reference
 from svg_ear_compile.kernels.plan import Plan
 from svg_ear_compile.passes.match import Call, match
 from svg_ear_compile.passes.site import Site
@@ -29,7 +29,7 @@ class Kept(list[Plan]):
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         super().__init__()
-        make_plan = ops.make_plan
+        make_plan = planning.make_plan
         made: list[tuple[context.Call, int]] = []
 
         def spy(*arguments: Any) -> Plan:
@@ -41,7 +41,7 @@ class Kept(list[Plan]):
             self.insert(at, make_plan(*arguments))
             return self[at]
 
-        patch.setattr(ops, "make_plan", spy)
+        patch.setattr(planning, "make_plan", spy)
 
 
 def compensates(plan: Plan) -> bool:

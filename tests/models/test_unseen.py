@@ -13,7 +13,7 @@ from toy import EAGER, calls, compiled
 
 import svg_ear_compile
 from svg_ear_compile import backend
-from svg_ear_compile.kernels import ops, reference
+from svg_ear_compile.kernels import planning, reference
 from svg_ear_compile.kernels.plan import Plan
 
 pytestmark = pytest.mark.usefixtures("fresh")
@@ -119,13 +119,13 @@ def model(name: str) -> nn.Module:
 @pytest.fixture
 def plans(monkeypatch: pytest.MonkeyPatch) -> dict[int, Plan]:
     used: dict[int, Plan] = {}
-    make_plan = ops.make_plan
+    make_plan = planning.make_plan
 
     def spy(*args: Any) -> Plan:
         used[args[-1].site] = make_plan(*args)
         return used[args[-1].site]
 
-    monkeypatch.setattr(ops, "make_plan", spy)
+    monkeypatch.setattr(planning, "make_plan", spy)
     return used
 
 

@@ -11,7 +11,7 @@ from models.capture import Captured, Knobs
 from models.graphs import captured, heads, tokens, video
 from torch import Tensor, fx
 
-from svg_ear_compile.kernels.ops import SiteConstants
+from svg_ear_compile.kernels.constants import SiteConstants
 from svg_ear_compile.passes.match import SDPA
 from svg_ear_compile.passes.merge import merge
 from svg_ear_compile.passes.rewrite import rewrite

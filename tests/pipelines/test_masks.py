@@ -8,7 +8,7 @@ import pytest
 from pipelines.test_pipelines import STEPS, blockwise, whole
 from torch import Tensor
 
-from svg_ear_compile.kernels import ops
+from svg_ear_compile.kernels import dense
 
 pytestmark = [pytest.mark.usefixtures("fresh"), pytest.mark.filterwarnings("error:svg_ear")]
 
@@ -17,13 +17,13 @@ pytestmark = [pytest.mark.usefixtures("fresh"), pytest.mark.filterwarnings("erro
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int | None]]:
     """(keys, how many of them are seen) of each mask that was read."""
     found: list[tuple[int, int | None]] = []
-    read = ops._read_seen_keys
+    read = dense.read_seen_keys
 
     def spy(mask: Tensor) -> int | None:
         found.append((mask.shape[-1], read(mask)))
         return found[-1][1]
 
-    monkeypatch.setattr(ops, "_read_seen_keys", spy)
+    monkeypatch.setattr(dense, "read_seen_keys", spy)
     return found
 
 

@@ -1,0 +1,36 @@
+"""What is fixed for a site when its graph is compiled?"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class SiteConstants(NamedTuple):
+    """The trailing arguments of a site's ops.
+
+    scale: of the logits, 1/sqrt(head_dim) when None. num_text: text tokens of the sequence, first or last
+    in it. grid: (frames, height, width) of the video tokens, or empty. order: how video tokens are put into
+    blocks, "auto" (cubes where a grid is known, else splits), "cubes", "splits", "kmeans". routing: which
+    blocks are exact, "output_error" (one budget for a batch element) or "svg_ear" (the paper). compensate:
+    whether centroids stand for skipped blocks. density: exact video query-key pairs over all of them, where
+    the call's context says nothing else; None: as the routing finds. site: the number of the site in its
+    graph.
+    """
+
+    scale: float | None
+    num_text: int
+    text_first: bool
+    grid: list[int]
+    order: str
+    routing: str
+    compensate: bool
+    density: float | None
+    seed: int
+    site: int
+
+    def scale_of(self, query: Tensor) -> float:
+        """What the logits of these queries [...,D] are multiplied by."""
+        return 1 / math.sqrt(query.shape[-1]) if self.scale is None else self.scale

@@ -1,0 +1,56 @@
+"""What happens where an op of a site fails? It runs dense, warns once and counts; strict raises."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from . import context
+
+_T = TypeVar("_T")
+
+
+class SiteError(RuntimeError):
+    """An op of a site failed, and strict is set. The cause is the error itself."""
+
+
+def sparse_or_dense(
+    query: Tensor, site: int, sparse: Callable[[], _T], dense: Callable[[], _T], alone: bool = True
+) -> _T:
+    """sparse(), or dense() where this call wants it or sparse() fails.
+
+    A site that failed is dense for the rest of the call, and counted. Each kind of error is warned of once.
+    alone: dense() is right whatever the other ops of the site do; otherwise, outside of any call's context,
+    where they would not hear of it, the error is raised. Autocast is switched off: the fakes promise the
+    query's dtype, and what is float32 here must stay float32.
+    """
+    call = context.current()
+    with torch.autocast(query.device.type, enabled=False):
+        if site not in call.dense:
+            try:
+                return sparse()
+            except Exception as error:
+                # After a CUDA error every further call fails too: falling back would only hide its origin.
+                if isinstance(error, torch.AcceleratorError) or not (alone or context.inside()):
+                    raise
+                if call.strict:
+                    raise SiteError(f"svg_ear: {call.name_of(site)} failed: {error!r}") from error
+                _record_failure(call, site, error)
+        return dense()
+
+
+def _record_failure(call: context.Call, site: int, error: Exception) -> None:
+    kind = type(error).__name__
+    call.dense[site] = f"failed: {kind}"
+    call.counters[f"fallback: {kind}"] += 1
+    warn_once(call, kind, f"{call.name_of(site)} ran dense because of {error!r}")
+
+
+def warn_once(call: context.Call, kind: str, message: str) -> None:
+    if kind not in call.warned:
+        call.warned.add(kind)
+        warnings.warn(f"svg_ear: {message}", RuntimeWarning, stacklevel=4)
