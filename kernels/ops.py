@@ -173,7 +173,11 @@ def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | Non
         mask = drop_noop_mask(attn_mask, c.site)
         plan = planning.make_plan(query, key, value, mask, c)
         out = like_output(query)
-        out = kernels_for(query).attention.attend(query, plan, c.scale_of(query), out, c.order == "kmeans")
+        kernels, variable = kernels_for(query).attention, c.order == "kmeans"
+        if variable and not c.compensate:  # no centroid counts, so none need be read
+            out, _ = kernels.sparse_exact(query, plan, c.scale_of(query), out)
+        else:
+            out = kernels.attend(query, plan, c.scale_of(query), out, variable)
         measure_call(query, lambda: (key, value, mask), _checked(out, query), plan, c)
         return out
 

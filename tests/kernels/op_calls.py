@@ -23,7 +23,9 @@ CONSTANTS = SiteConstants(
     seed=0,
     site=3,
 )
-FAMILIES = [("cubes", "output_error"), ("splits", "output_error"), ("kmeans", "svg_ear")]
+FAMILIES = [
+    ("cubes", "output_error"), ("splits", "output_error"), ("kmeans", "svg_ear"), ("kmeans", "mass"),
+]  # fmt: skip
 
 
 def inputs(length: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

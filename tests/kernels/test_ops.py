@@ -53,6 +53,22 @@ def test_joint_softmax_of_the_plan_that_was_used(
             torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("whole", [merged, three])
+@pytest.mark.parametrize("density", [0.0, 0.15])
+def test_dropped_blocks(
+    density: float, whole: Callable[..., Tensor], plans: list[Plan], strict: context.Call
+) -> None:
+    """Without compensation it is the softmax over kept tokens; 0 where a query meets none."""
+    query, key, value = inputs(300)
+    for c in sites(300, density=density, compensate=False):
+        got = whole(query, key, value, None, c)
+        plan = plans.pop()
+        assert (plan.bias == -torch.inf).all()
+        truth = reference.joint_softmax(query, reference.remade(plan, key, value), D**-0.5)
+        torch.testing.assert_close(got.double(), truth, rtol=1e-5, atol=1e-5)
+        assert lies_by_token(got)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision(dtype: torch.dtype, plans: list[Plan], strict: context.Call) -> None:
     """At most twice the error of the same formula in the low precision (FlashAttention's rule)."""
