@@ -1,6 +1,7 @@
 """How fast is one sparse attention call at real video sizes? One command, one table.
 
     python benchmarks/attention.py [--shapes all] [--densities .25,.15,.10] [--flex] [--json PATH]
+    python benchmarks/attention.py --shapes wan --presets default,splits,svg_ear,svg2 --densities .3,.2,.15,.1
 
 Timed from query, key, value as a model gives them ([B,L,H,D] permuted to [B,H,L,D]) to the output in the same
 layout. Dense is the fastest of cuDNN and FlashAttention (and flex_attention with --flex) in the same run,
@@ -10,6 +11,12 @@ medians. The stages are the kernel times of one profiled call; "limit" is densit
 of query, key and value, and "flex lists" flex_attention over the same block lists, which drops the skipped
 blocks (video-only shapes, where its blocks and ours are the same). "extra GB" is the peak beyond query, key,
 value and the output.
+
+Presets: "default" with its cubes, "dropped" the same without compensation, "splits" and "kmeans" the same in
+another order, and "svg_ear" and "svg2", the papers. k-means is timed as it is in all sparse steps but the
+first: two iterations from the centroids before. "clustering ms" are the kernels that put tokens into blocks
+(k-means or splits; cubes are known beforehand), and "without clustering ms" is the total less the time
+between events around them: what the call would take if clusters were free.
 
 A speed-up is withheld ("check failed") where the output misses the joint softmax of the very plan that the
 call used, on sampled queries ("to plan"). "error": relative difference from dense attention, also sampled.
@@ -30,34 +37,30 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from tabulate import tabulate
+from timing import clustering_time, milliseconds, stage_times
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
-from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 from video_shapes import SHAPES, Inputs, Shape, make_inputs, padding_mask
 
 from svg_ear_compile.kernels import context, ops  # noqa: F401 - registers the ops
 from svg_ear_compile.kernels.plan import KEY_BLOCK, QUERY_BLOCK, Plan
+from svg_ear_compile.settings import resolve
 
-# The names of kernels that belong to a stage; all others are its "rest": routing, lists, offsets, copies.
-STAGES = {"permute ms": ("gather_kernel",), "probe ms": ("probe_kernel",), "attend ms": ("attention",)}
+# The options that a preset of this table means. Orders are named: "auto" may differ from head to head.
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {"order": "cubes"},
+    "dropped": {"order": "cubes", "compensate": False},
+    "splits": {"order": "splits"},
+    "kmeans": {"order": "kmeans"},
+    "svg_ear": {"preset": "svg_ear"},
+    "svg2": {"preset": "svg2"},
+}
+
 PEAK_BYTES = 4.3e12  # bytes per second that an H200 reads from its memory, measured
 # The joint softmax in float32 over the plan's own low-precision tensors: what is left is rounding.
 CHECK_ROW, CHECK_ALL = 0.03, 0.008
-
-
-def milliseconds(call: Callable[[int], Any], repeats: int, warmup: int = 1) -> float:
-    """Median of CUDA-event times; call gets the number of the run."""
-    times = []
-    for i in range(warmup + repeats):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        call(i)
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop))
-    return sorted(times[warmup:])[repeats // 2]
 
 
 def dense_times(inputs: Inputs, repeats: int, flex: bool) -> dict[str, float]:
@@ -155,24 +158,15 @@ def error_to_dense(
     return ((out[:, :, sample].float() - dense).norm() / dense.norm()).item()
 
 
-def stage_times(call: Callable[[int], Any]) -> dict[str, float]:
-    """Milliseconds of GPU time by stage, and the number of kernels, of one call."""
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        call(0)
-        torch.cuda.synchronize()
-    events = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    stages = dict.fromkeys([*STAGES, "rest ms"], 0.0)
-    for event in events:
-        named = (stage for stage, names in STAGES.items() if any(name in event.name for name in names))
-        stages[next(named, "rest ms")] += event.device_time / 1000
-    return {**stages, "kernels": len(events)}
-
-
 def measure(
-    shape: Shape, inputs: Inputs, density: float, order: str, routing: str, repeats: int, flex: bool
+    shape: Shape, inputs: Inputs, density: float, preset: str, repeats: int, flex: bool
 ) -> dict[str, Any]:
     """One row of the table, without what dense attention takes."""
-    constants = (None, shape.text, shape.text_first, list(shape.grid), order, routing, True, density, 0, 0)
+    told = resolve({**PRESETS[preset], "density": density}, {}).settings
+    constants = (
+        None, shape.text, shape.text_first, list(shape.grid), told.order, told.routing, told.compensate,
+        density, 0, 0,
+    )  # fmt: skip
     scale, mask = shape.head_dim**-0.5, padding_mask(shape)
     first = context.Call(strict=True)
     with context.active(first):
@@ -200,12 +194,14 @@ def measure(
     total = milliseconds(whole, repeats)
     memory = torch.cuda.max_memory_allocated() - before - out.nbytes
     stages = stage_times(whole)
+    without = total - clustering_time(whole, repeats)
     exact, executed = (x / totals.pairs for x in totals.areas.tolist())
     flops = 4 * shape.heads * shape.length**2 * shape.head_dim
     return {
         "shape": shape.name, "tokens": shape.length, "heads x d": f"{shape.heads} x {shape.head_dim}",
-        "order": order, "density": density, "exact": exact, "executed": executed, **stages, "total ms": total,
-        **lists, "TFLOP/s": flops * executed / stages["attend ms"] / 1e9,
+        "preset": preset, "order": told.order, "density": density, "exact": exact, "executed": executed,
+        **stages, "total ms": total, "without clustering ms": without, **lists,
+        "TFLOP/s": flops * executed / stages["attend ms"] / 1e9,
         "error": error_to_dense(out, inputs[0], mask), "to plan": overall, "extra GB": memory / 1e9,
         "passed": worst <= CHECK_ROW and overall <= CHECK_ALL,
     }  # fmt: skip
@@ -217,8 +213,7 @@ def main() -> None:
     )
     parser.add_argument("--shapes", default="all", help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--densities", default=".25,.15,.10")
-    parser.add_argument("--orders", default="auto", help="of auto, cubes, splits, kmeans")
-    parser.add_argument("--routing", default="output_error", help="output_error or svg_ear")
+    parser.add_argument("--presets", default="default", help=f"of {', '.join(PRESETS)}")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--flex", action="store_true", help="flex_attention too, dense and over our lists")
     parser.add_argument("--json", type=Path, help="writes the records, hardware and versions there")
@@ -234,10 +229,8 @@ def main() -> None:
         mask = padding_mask(shape)
         masked = None if mask is None else masked_dense_time(inputs, mask, few)
         read = 3 * shape.heads * shape.length * shape.head_dim * 2 / PEAK_BYTES * 1e3
-        for order, density in itertools.product(arguments.orders.split(","), densities):
-            record = measure(
-                shape, inputs, density, order, arguments.routing, arguments.repeats, arguments.flex
-            )
+        for preset, density in itertools.product(arguments.presets.split(","), densities):
+            record = measure(shape, inputs, density, preset, arguments.repeats, arguments.flex)
             passed, total = record.pop("passed"), record["total ms"]
             records.append({
                 **record, "dense ms": best, "dense by": by, "limit": best / (density * best + read),
@@ -248,15 +241,13 @@ def main() -> None:
                 _write(arguments.json, vars(arguments), records)
         del inputs
         torch.cuda.empty_cache()
-    print(
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, routing {arguments.routing}, bf16, B=1"
-    )
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bf16, B=1")
     print(table(records))
 
 
 def table(records: list[dict[str, Any]]) -> str:
     """The records, one row each, without what is the same in many."""
-    hidden = {"all dense ms", "order", "executed"}
+    hidden = {"all dense ms", "order", "executed", "without clustering ms"}
     rows = [{key: value for key, value in record.items() if key not in hidden} for record in records]
     return tabulate(rows, headers="keys", floatfmt=".4g")
 

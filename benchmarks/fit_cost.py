@@ -48,6 +48,7 @@ def fit(records: list[dict[str, Any]]) -> Costs:
 
 def main() -> None:
     records = json.loads(Path(sys.argv[1]).read_text())["records"]
+    records = [r for r in records if r.get("preset", "default") == "default"]
     table = []
     for head_dim in sorted({sizes(r)[3] for r in records}):
         same = [r for r in records if sizes(r)[3] == head_dim]

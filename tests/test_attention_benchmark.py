@@ -1,0 +1,65 @@
+"""What benchmarks/attention.py knows without a GPU: its presets, and which part of a call is clustering."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from svg_ear_compile.kernels import cluster, context
+from svg_ear_compile.settings import resolve
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def import_benchmark(name: str) -> ModuleType:
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
+def test_presets_are_what_a_user_would_set() -> None:
+    found = {}
+    for name, options in import_benchmark("attention").PRESETS.items():
+        settings = resolve({**options, "density": 0.2}, {}).settings
+        found[name] = (settings.order, settings.routing, settings.compensate)
+    assert found == {
+        "default": ("cubes", "output_error", True),
+        "dropped": ("cubes", "output_error", False),
+        "splits": ("splits", "output_error", True),
+        "kmeans": ("kmeans", "output_error", True),
+        "svg_ear": ("kmeans", "svg_ear", True),
+        "svg2": ("kmeans", "mass", False),
+    }
+
+
+@pytest.mark.parametrize("order", ["cubes", "kmeans"])
+def test_clustering_is_watched_and_still_done(order: str) -> None:
+    timing = import_benchmark("timing")
+    real, g = cluster.make_blocks, torch.Generator().manual_seed(0)
+    qkv = [torch.randn(1, 2, 4 * 6 * 6, 16, generator=g) for _ in range(3)]
+    constants = (None, 0, False, [4, 6, 6], order, "output_error", True, 0.3, 0, 0)
+
+    def call() -> torch.Tensor:
+        with context.active(context.Call(strict=True)):
+            return torch.ops.svg_ear.attention(*qkv, None, *constants)
+
+    seen: list[Any] = []
+
+    def watch(make_blocks: Any) -> Any:
+        seen.append(make_blocks())
+        return seen[-1]
+
+    alone = call()
+    with timing.around_clustering(watch):
+        assert torch.equal(call(), alone)
+    assert len(seen) == 2, "queries and keys"
+    assert all(isinstance(blocks, cluster.Blocks) for blocks, _ in seen)
+    assert cluster.make_blocks is real
