@@ -62,10 +62,12 @@ class Call:
 
 @dataclass(frozen=True)
 class Matches:
-    """All attention of one graph. others: names of attention-like calls that are not SDPA."""
+    """All attention of one graph. others: names of attention-like calls that are not SDPA. outside: of what
+    may run outside of all graphs, since this one has the rest of a block and no attention; '' if it has."""
 
     calls: tuple[Call, ...]
     others: tuple[str, ...]
+    outside: str = ""
 
 
 def match(graph: fx.Graph) -> Matches:
@@ -84,9 +86,7 @@ def match(graph: fx.Graph) -> Matches:
             forced = _forced(node)
         elif name := _attention_like(node):
             others.append(name)
-    if not calls and not others and (name := cut_off(graph)):
-        others.append(name)
-    return Matches(tuple(calls), tuple(others))
+    return Matches(tuple(calls), tuple(others), "" if calls or others else cut_off(graph))
 
 
 def module_stack(node: fx.Node) -> list[tuple[str, str]]:

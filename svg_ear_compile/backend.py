@@ -92,6 +92,8 @@ def _apply_passes(
         whole = expand(gm)
         found = match(whole.graph)
         record.other_attention = [*found.others, *left_over(whole.graph)]
+        if found.outside and not records.has_attention_alone():
+            record.other_attention.append(found.outside)
         sites = classify(whole, settings, example_inputs)
         if resolved.switch == "report":
             for site in sites:

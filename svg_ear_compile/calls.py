@@ -242,7 +242,8 @@ class SparseCallable:
             site, decision = visit.site, visit.decision
             if site in call.dense and site not in planned:
                 decision = Decision(call.dense[site], "failures")
-            visit.control.ran(visit.tick.step, decision, call.measured.get(site), call.audited.get(site))
+            measured, audited = call.measured.get(site), call.audited.get(site)
+            visit.control.ran(visit.tick.step, decision, measured, audited, self.record.number)
             if self._clusters(visit) and site in call.carried:
                 layers.keep(visit.layer, visit.tick.branch, visit.stamp, call.carried[site])
         for number, positions in self.plan.masks.items():

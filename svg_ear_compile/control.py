@@ -109,12 +109,13 @@ class Decision(NamedTuple):
 
 @dataclass
 class Step:
-    """What a layer did at one step. sums: of what it measured; audited: of all rows."""
+    """What a layer did at one step, in a call of `graph`. sums: of what it measured; audited: of all rows."""
 
     step: int
     decision: Decision
     sums: Sums | None = None
     audited: Sums | None = None
+    graph: int = 0
 
     def error(self) -> Error | None:
         """Of the output, where it was measured; trials of a dense call are no such. Waits for the device."""
@@ -171,10 +172,16 @@ class Control:
         return Decision(density=self.density, measure=() if due else None)
 
     def ran(
-        self, step: int, decision: Decision, sums: Tensor | None = None, audited: Tensor | None = None
+        self,
+        step: int,
+        decision: Decision,
+        sums: Tensor | None = None,
+        audited: Tensor | None = None,
+        graph: int = 0,
     ) -> None:
-        """The call of a step is over. sums: what it measured, audited: over all rows; on the device."""
-        entry = Step(step, decision, *(None if x is None else Sums(x) for x in (sums, audited)))
+        """The call of a step is over. sums: what it measured, audited: over all rows; on the device.
+        graph: the number of the graph that was called; a layer may be in several, of other batch sizes."""
+        entry = Step(step, decision, *(None if x is None else Sums(x) for x in (sums, audited)), graph)
         self.steps.append(entry)
         if sums is not None:
             self._unread.append(entry)

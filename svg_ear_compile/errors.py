@@ -41,7 +41,7 @@ def call_errors(graph: GraphRecord) -> list[CallError]:
     target = graph.resolved.settings.target_error
     found = []
     for place, control in sorted(graph.controls.items(), key=lambda item: item[0]):
-        for step in list(control.steps):
+        for step in [step for step in control.steps if step.graph == graph.number]:
             error, true = step.error(), step.true_error()
             found.append(
                 CallError(

@@ -141,6 +141,12 @@ def live_records() -> list[GraphRecord]:
         return [record for _, record in _records]
 
 
+def has_attention_alone() -> bool:
+    """Whether some graph is an attention module and no more, as inside of a cache's hooks: the rest of its
+    block is then a graph without attention, and misses none."""
+    return any(site.module_path == "" for record in live_records() for site in record.sites)
+
+
 def drop(record: GraphRecord) -> None:
     """Forgets a record: of a compile that failed."""
     with _lock:

@@ -95,6 +95,15 @@ def test_a_site_that_only_ran_dense_has_mean_density_one() -> None:
     assert (row.measured_density, row.mean_density) == (None, 1.0)
 
 
+def test_a_layer_in_two_graphs_has_each_of_its_errors_once() -> None:
+    records = [graph(site(), number=number) for number in (0, 1)]
+    control = Control(records[0].resolved.settings)
+    for step, record in enumerate(records):
+        record.controls[0, 7, 0, 0] = control
+        control.ran(step, Decision(density=0.4, measure=()), sums(0.02), graph=record.number)
+    assert [(e.graph, e.step) for e in reports.report(records).errors()] == [(0, 0), (1, 1)]
+
+
 def test_errors_by_layer_and_step(capsys: pytest.CaptureFixture[str]) -> None:
     record = graph(site(), options={"target_error": 0.03})
     controls = [Control(record.resolved.settings) for _ in range(2)]

@@ -57,7 +57,8 @@ class Backend:
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Any], **_: Any) -> Any:
         graph, sites = gm.graph, classify(gm, self.knobs, example_inputs)
         names = [node.name for node in graph.find_nodes(op="placeholder")]
-        inputs, others = read_inputs(gm, sites), match(graph).others
+        inputs, found = read_inputs(gm, sites), match(graph)
+        others = (*found.others, *filter(None, [found.outside]))
         self.captured.append(Captured(gm, graph, example_inputs, sites, inputs, names, others))
         if self.rewrites:
             new = rewrite(gm, sites, self.knobs)

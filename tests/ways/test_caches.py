@@ -1,17 +1,17 @@
-"""A cache of diffusers beside us: it leaves out layers, or attention, at some steps."""
+"""A cache of diffusers beside us: at some steps it leaves out layers, attention, or half of the batch."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
-from pipelines.tiny import Run, build
+from pipelines.tiny import Run, Tiny, build
 from toy import EAGER, calls
 
 import svg_ear_compile
 
 pytestmark = [pytest.mark.usefixtures("fresh"), pytest.mark.filterwarnings("error:svg_ear")]
-STEPS, DENSE, LAYERS, BRANCHES = 6, 2, 2, 2
+STEPS, DENSE, LAYERS = 6, 2, 2
 
 
 def first_block(tiny: Any) -> Any:
@@ -32,53 +32,113 @@ def broadcast(tiny: Any) -> Any:
     )  # fmt: skip
 
 
-def run(cache: Any, options: dict[str, Any] | None = None) -> tuple[Run, list[int]]:
-    """One clip with a cache: what it shows, and the step of each self attention that ran, if not compiled."""
-    tiny, steps, seen = build("wan"), list[int](), list[float]()
+def faster(tiny: Any) -> Any:
+    """At all steps but 0 and 3 half of the batch, the unconditional one, is left out; and of these steps at
+    every other one self attention."""
+    from diffusers import FasterCacheConfig
+
+    return FasterCacheConfig(
+        unconditional_batch_skip_range=3, unconditional_batch_timestep_skip_range=(-1, 2000),
+        spatial_attention_block_skip_range=2, spatial_attention_timestep_skip_range=(-1, 2000),
+        attention_weight_callback=lambda _: 0.3, tensor_format="BFCHW",
+        current_timestep_callback=lambda: tiny.pipe.current_timestep,
+    )  # fmt: skip
+
+
+class Cached(NamedTuple):
+    """Which pipeline has the cache, and what the step clock says about it."""
+
+    pipeline: str
+    clock: str
+
+
+CACHES = {
+    first_block: Cached("wan", "reads the timestep embedding"),
+    broadcast: Cached("wan", "each call counts as a step"),
+    faster: Cached("cogvideox", "each call counts as a step"),
+}
+
+
+def cached(cache: Any, options: dict[str, Any]) -> Tiny:
+    """A pipeline with a cache, compiled: block by block where diffusers can."""
+    tiny = build(CACHES[cache].pipeline)
+    transformer, options = tiny.pipe.transformer, {**EAGER, **options}
+    transformer.enable_cache(cache(tiny))
+    if transformer._repeated_blocks:
+        transformer.compile_repeated_blocks(backend="svg_ear", options=options)
+    else:
+        transformer.compile(backend="svg_ear", options=options)
+    return tiny
+
+
+def alone(cache: Any) -> tuple[Run, list[int]]:
+    """One clip with a cache and without us, and the step of each self attention that ran."""
+    tiny, steps = build(CACHES[cache].pipeline), list[int]()
     transformer = tiny.pipe.transformer
 
     def note(*_: Any) -> None:
-        now = float(tiny.pipe.current_timestep)
-        if now not in seen:
-            seen.append(now)
-        steps.append(seen.index(now))
+        steps.append(tiny.pipe.scheduler.timesteps.tolist().index(float(tiny.pipe.current_timestep)))
 
     transformer.enable_cache(cache(tiny))
-    if options is None:
-        for block in transformer.blocks:
-            block.attn1.to_q.register_forward_hook(note)
-    else:
-        transformer.compile_repeated_blocks(backend="svg_ear", options={**EAGER, **options})
-    return tiny(steps=STEPS), steps
+    for name, module in transformer.named_modules():
+        if name.endswith("attn1.to_q"):
+            module.register_forward_hook(note)
+    run = tiny(steps=STEPS)
+    assert len(steps) < STEPS * LAYERS * tiny.guided, "it leaves out some"
+    return run, steps
+
+
+def in_warm_up(steps: list[int]) -> int:
+    """How many of these self attentions are in the first DENSE steps that have any."""
+    warm = sorted(set(steps))[:DENSE]
+    return sum(step in warm for step in steps)
 
 
 def difference(got: Run, expected: Run) -> float:
     return ((got.latents - expected.latents).norm() / expected.latents.norm()).item()
 
 
-CLOCK = {first_block: "reads the timestep embedding", broadcast: "each call counts as a step"}
-
-
-@pytest.mark.parametrize("cache", CLOCK)
+@pytest.mark.parametrize("cache", CACHES)
 def test_steps_and_calls_that_it_leaves_out_are_not_counted(cache: Any) -> None:
-    """Compiled block by block. Inside of broadcast's hooks attention is a graph of its own."""
-    alone, steps = run(cache)
-    assert len(steps) < STEPS * LAYERS * BRANCHES, "it leaves out some"
-    beside, _ = run(cache, {"density": 1.0, "dense_steps": DENSE})
-    assert difference(beside, alone) < 1e-5, "rounding, over all steps"
-    dense = sum(step < DENSE for step in steps)
+    """Inside of the hooks of all but first_block, attention is a graph of its own."""
+    expected, steps = alone(cache)
+    beside = cached(cache, {"density": 1.0, "dense_steps": DENSE})
+    assert difference(beside(steps=STEPS), expected) < 1e-5, "rounding, over all steps"
+    dense = in_warm_up(steps)
     assert calls() == (len(steps) - dense, {"warm-up steps": dense})
     report = svg_ear_compile.report()
-    assert CLOCK[cache] in str(report)
+    assert CACHES[cache].clock in str(report)
     assert "3 x 16 x 16, read off the rotary tables" in str(report)
+    assert "left as it is" not in str(report)
+    assert report.totals()["measured_calls"] == len(steps) - dense, "each in the graph that made it"
 
 
-@pytest.mark.parametrize("cache", CLOCK)
+@pytest.mark.parametrize("cache", [broadcast, faster])
+def test_each_generation_begins_anew_with_the_helper(cache: Any) -> None:
+    """Where the clock sees no timestep, it cannot see by itself that another generation begins."""
+    expected, steps = alone(cache)
+    beside, dense = cached(cache, {"density": 1.0, "dense_steps": DENSE}), in_warm_up(steps)
+    for count in (1, 2):
+        with svg_ear_compile.generation(num_steps=STEPS):
+            assert difference(beside(steps=STEPS), expected) < 1e-5
+        assert calls() == (count * (len(steps) - dense), {"warm-up steps": count * dense})
+
+
+@pytest.mark.parametrize("cache", CACHES)
 def test_sparse_beside_it(cache: Any) -> None:
-    alone, steps = run(cache)
-    beside, _ = run(cache, {"density": 0.3})
-    assert 1e-6 < difference(beside, alone) < 0.1, "blocks were skipped and compensated"
+    expected, steps = alone(cache)
+    beside = cached(cache, {"density": 0.3})(steps=STEPS)
+    assert 1e-6 < difference(beside, expected) < 0.1, "blocks were skipped and compensated"
     totals = svg_ear_compile.report().totals()
     assert totals["sparse_calls"] == len(steps)
     assert totals["measured_density"] == pytest.approx(0.3, abs=0.05)
     assert not totals["fallbacks"]
+
+
+def test_the_paper_s_clusters_beside_half_a_batch() -> None:
+    """Centroids of another batch size are not carried on."""
+    expected, steps = alone(faster)
+    beside = cached(faster, {"preset": "svg_ear"})(steps=STEPS)
+    assert 1e-6 < difference(beside, expected) < 0.1
+    totals = svg_ear_compile.report().totals()
+    assert (totals["sparse_calls"], totals["fallbacks"]) == (len(steps), {})
