@@ -31,6 +31,7 @@ from .passes.rewrite import rewrite
 from .passes.site import KeyMask, Reason, Site, Verdict
 from .passes.sources import is_activation
 from .records import GraphRecord, SiteRecord
+from .seen_keys import MaskSource
 from .settings import Resolved, resolve
 from .state import layers
 
@@ -153,16 +154,26 @@ def _call_plan(
         for site in sites
         if site.key_mask is not None
     }
-    arguments = {number: mask_arguments(mask.node) for mask, number in numbers.items()}
+    sources = {number: _mask_source(mask, (record.number, number)) for mask, number in numbers.items()}
     return CallPlan(
         sites=tuple(site.index for site in sites),
         inputs=inputs,
         video=_video_position(placeholders, example_inputs),
         mask_ids=mask_ids,
-        masks={number: found for number, found in arguments.items() if found is not None},
+        masks={number: source for number, source in sources.items() if source is not None},
         needs_grid=all(site.layout.grid is None for site in sites),
         read_grid=grid_from_rotary,
     )
+
+
+def _mask_source(mask: KeyMask, name: tuple[int, int]) -> MaskSource | None:
+    """name: of the mask, for a function that only its own graph knows."""
+    positions = mask_arguments(mask.node)
+    if positions is None:
+        return None
+    if mask.node.op == "placeholder":
+        return MaskSource(positions, "hidden" if mask.hides else "shown", sized=False)
+    return MaskSource(positions, name)
 
 
 def _video_position(placeholders: list[fx.Node], example_inputs: Sequence[Any]) -> int | None:

@@ -23,7 +23,7 @@ from .control import Control, Decision
 from .kernels import context
 from .passes.site import GraphInputs
 from .records import GraphRecord
-from .seen_keys import SeenKeys
+from .seen_keys import MaskSource, seen_keys
 from .settings import Settings
 from .state import Layer, layers
 
@@ -38,7 +38,7 @@ class CallPlan:
 
     sites: the numbers of the rewritten sites, in their order. video: the position of the argument whose
     shape tells one resolution from another. mask_ids: sites with one number share a mask. masks: per such
-    number, the positions of the tensors it is a function of, where that is known. needs_grid: whether no
+    number, what it is made from, where that is known. needs_grid: whether no
     site's grid was in the graph.
     """
 
@@ -46,7 +46,7 @@ class CallPlan:
     inputs: GraphInputs
     video: int | None
     mask_ids: dict[int, int]
-    masks: dict[int, tuple[int, ...]]
+    masks: dict[int, MaskSource]
     needs_grid: bool
     read_grid: Callable[[Sequence[Tensor], int], Grid | None]
 
@@ -58,7 +58,6 @@ class _Thread:
     rotary: weakref.ref[Tensor] | None = None
     grids: dict[str, Grid | None] = field(default_factory=dict)
     grid: Grid | None = None
-    masks: SeenKeys = field(default_factory=SeenKeys)
 
 
 class _Visit(NamedTuple):
@@ -123,9 +122,10 @@ class SparseCallable:
         known = self._known()
         if plan.needs_grid and plan.inputs.rotary:
             call.grid = record.grid = self._grid(known, [args[i] for i in plan.inputs.rotary])
-        known.masks.begin(tick.generation)
-        for number, positions in plan.masks.items():
-            known.masks.recall(call.seen_keys, number, args, positions)
+        masks = seen_keys()
+        masks.begin(tick.generation)
+        for number, mask in plan.masks.items():
+            masks.recall(call.seen_keys, number, args, mask)
 
         stamp = (tick.generation, shape, device)
         visits = []
@@ -246,8 +246,8 @@ class SparseCallable:
             visit.control.ran(visit.tick.step, decision, measured, audited, self.record.number)
             if self._clusters(visit) and site in call.carried:
                 layers.keep(visit.layer, visit.tick.branch, visit.stamp, call.carried[site])
-        for number, positions in self.plan.masks.items():
-            self._known().masks.keep(call.seen_keys, number, args, positions)
+        for number, mask in self.plan.masks.items():
+            seen_keys().keep(call.seen_keys, number, args, mask)
 
 
 def _is_recorded(value: Any) -> bool:

@@ -181,7 +181,8 @@ class Control:
     ) -> None:
         """The call of a step is over. sums: what it measured, audited: over all rows; on the device.
         graph: the number of the graph that was called; a layer may be in several, of other batch sizes."""
-        entry = Step(step, decision, *(None if x is None else Sums(x) for x in (sums, audited)), graph)
+        measured, all_rows = (None if x is None else Sums(x) for x in (sums, audited))
+        entry = Step(step, decision, measured, all_rows, graph)
         self.steps.append(entry)
         if sums is not None:
             self._unread.append(entry)

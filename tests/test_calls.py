@@ -15,6 +15,7 @@ from svg_ear_compile.calls import CallPlan, SparseCallable
 from svg_ear_compile.kernels import context
 from svg_ear_compile.passes.site import GraphInputs
 from svg_ear_compile.records import GraphRecord
+from svg_ear_compile.seen_keys import MaskSource
 from svg_ear_compile.settings import resolve
 from svg_ear_compile.state import layers as state
 
@@ -64,11 +65,16 @@ class Grids:
         return 2, tokens // 4, 2
 
 
-def block(options: dict[str, Any], **inputs: Any) -> tuple[SparseCallable, Graph, Grids]:
+AS_IT_IS = MaskSource((MASK,), "shown", sized=False)
+
+
+def block(
+    options: dict[str, Any], mask: MaskSource = AS_IT_IS, **inputs: Any
+) -> tuple[SparseCallable, Graph, Grids]:
     """The callable of a graph with one site; its arguments are [video, time, rotary, mask, weight]."""
     known: dict[str, Any] = {"timestep": None, "temb": TIME, "rotary": (ROTARY,), "parameters": {0: WEIGHT}}
     graph, grids = Graph(), Grids()
-    plan = CallPlan((0,), GraphInputs(**{**known, **inputs}), VIDEO, {0: 0}, {0: (MASK,)}, True, grids)
+    plan = CallPlan((0,), GraphInputs(**{**known, **inputs}), VIDEO, {0: 0}, {0: mask}, True, grids)
     resolved = resolve({**SPARSE, **options}, {})
     return SparseCallable(graph, plan, resolved.settings, GraphRecord(0, resolved)), graph, grids
 
@@ -151,6 +157,33 @@ def test_a_mask_with_other_storage_is_read_again() -> None:
         mask.data = prefix(int(mask.sum()) - 1)
 
     assert masked_calls([prefix(12)], [9, 8, 7], change) == (3, [12, 11, 10])
+
+
+def reads_of(sources: list[MaskSource], between: Any = None) -> list[int]:
+    """How often each of several graphs, called in turn with one mask in one model call, reads it."""
+    blocks = [block({}, source) for source in sources]
+    shared = [torch.zeros(1, 16, 8), torch.full((1, 6, 8), 9.0), torch.zeros(16, 4), prefix(12)]
+    for run, _, _ in blocks:
+        run(*shared, nn.Parameter(torch.zeros(8, 8)))
+        if between is not None:
+            between(shared[MASK])
+    return [graph.mask_reads for _, graph, _ in blocks]
+
+
+def shortened(mask: Tensor) -> None:
+    """At the same address, of the same version."""
+    mask.data = mask.data[..., :8]
+
+
+def test_graphs_share_what_a_mask_shows_that_is_an_argument_of_both() -> None:
+    assert reads_of([AS_IT_IS, AS_IT_IS]) == [1, 0]
+    assert reads_of([AS_IT_IS, AS_IT_IS], lambda mask: mask.logical_not_()) == [1, 1]
+    assert reads_of([AS_IT_IS, AS_IT_IS], shortened) == [1, 1]
+
+
+def test_graphs_share_no_masks_that_they_make_in_other_ways() -> None:
+    hidden, (made, here) = AS_IT_IS._replace(function="hidden"), [MaskSource((MASK,), (n, 0)) for n in (0, 1)]
+    assert reads_of([AS_IT_IS, hidden, made, here, made]) == [1, 1, 1, 1, 0]
 
 
 def test_masks_of_inference_mode_have_no_version_and_are_read_in_each_call() -> None:
