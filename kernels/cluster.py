@@ -8,7 +8,8 @@ and no operation is atomic: the same input gives the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+import itertools
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -42,20 +43,24 @@ def make_blocks(
     order: str,
     grid: tuple[int, ...] | None,
     seed: int,
+    split_heads: Sequence[bool] = (),
     remember: Remember = lambda device, key, make: make(),
 ) -> tuple[Blocks, Tensor | None]:
     """Puts the tokens of x [B,H,L,D] into counts = (video, text) blocks; text blocks come last.
 
     valid: [B,L] bool, False for masked tokens, which belong to no block; None when there are none.
-    block: tokens of an equal tile; text is cut into tiles in every order. carried: centroids
-    [B,H,C,D] float32 of the last call, "kmeans" only. grid: (frames, height, width) of the video tokens.
-    remember: keeps what cubes look like, which no tensor has a say in, for the next call.
-    Returns the blocks and, for "kmeans", the centroids to carry on.
+    block: tokens of an equal tile; text is cut into tiles in every order. carried: what the last call
+    returned as its second value, to go on from (kmeans) or to use again (splits); None: nothing. grid:
+    (frames, height, width) of the video tokens. split_heads [H]: with the order "auto" and a grid, which
+    heads go by splits. remember: keeps what cubes look like, which no tensor has a say in, for the next
+    call.
+    Returns the blocks and what to carry on: for "kmeans" the centroids [B,H,C,D] float32, for heads that go
+    by splits the order of their video tokens [B,heads,n] int32.
     """
     B, H, L, _ = x.shape
     n, first, device = L - num_text, num_text if text_first else 0, x.device
     video, seen = x[:, :, first : first + n], None if valid is None else valid[:, first : first + n]
-    cubic = grid is not None and order in ("auto", "cubes")
+    cubic = grid is not None and (order == "cubes" or (order == "auto" and not any(split_heads)))
     ends: Tensor | None = None
     state: Tensor | None = None
     if grid is not None and cubic:
@@ -63,7 +68,15 @@ def make_blocks(
     elif order == "kmeans":
         arranged, ends, state = kmeans(video, seen, counts[0], carried, seed)
     elif order in ("auto", "cubes", "splits"):
-        arranged = splits(video, seen, block)
+        everywhere = order == "splits" or grid is None
+        runs = _runs((True,) * H if everywhere else split_heads)
+        state = _split(video, seen, block, runs, carried)
+        if grid is None or everywhere:
+            arranged = state.long()
+        else:
+            arranged = remember(device, grid, lambda: cubes(grid, device).view(1, 1, n)).repeat(B, H, 1)
+            for heads, rows in runs:
+                arranged[:, heads] = state[:, rows].long()
     else:
         raise ValueError(f"unknown order {order!r}")
 
@@ -87,6 +100,27 @@ def make_blocks(
         return Blocks(slots(), offsets()), state
     same = (grid, num_text, text_first, B, H)
     return Blocks(remember(device, same, slots), remember(device, (*same, block), offsets)), None
+
+
+def _runs(chosen: Sequence[bool]) -> list[tuple[slice, slice]]:
+    """Runs of successive chosen heads: (their numbers among all heads, their numbers among the chosen)."""
+    runs, number = [], 0
+    for wanted, run in itertools.groupby(range(len(chosen)), lambda head: chosen[head]):
+        heads = list(run)
+        if wanted:
+            runs.append((slice(heads[0], heads[-1] + 1), slice(number, number + len(heads))))
+            number += len(heads)
+    return runs
+
+
+def _split(
+    x: Tensor, valid: Tensor | None, block: int, runs: list[tuple[slice, slice]], carried: Tensor | None
+) -> Tensor:
+    """Orders of the chosen heads of x [B,H,n,D]: [B,chosen,n] int32; carried, if it has that shape."""
+    shape = (x.shape[0], runs[-1][1].stop, x.shape[2])
+    if carried is not None and carried.shape == shape and carried.device == x.device:
+        return carried
+    return torch.cat([splits(x[:, heads], valid, block).int() for heads, _ in runs], dim=1)
 
 
 def _of_heads(x: Tensor, B: int, H: int) -> Tensor:

@@ -43,11 +43,12 @@ class Measure(NamedTuple):
     """What to measure in one call of one site, on rows drawn from `seed` (kernels/measure.py).
 
     A sparse call measures its own error. A dense one tries: it measures the errors that it would have made,
-    had it been sparse, at each of `densities`.
+    had it been sparse, in each of `orders` (none: the site's own) at each of `densities`.
     """
 
     seed: int
     densities: tuple[float, ...] = ()
+    orders: tuple[str, ...] = ()
 
 
 @dataclass
@@ -56,10 +57,13 @@ class Call:
 
     dense: the reason for each site that runs dense in this call; absent means sparse.
     density: per site, what its sparse call may spend, instead of the site's constant.
+    split_heads: per site of the order "auto", which heads are put into blocks by splits although the grid is
+    known, [H]; absent: none.
     measure: per site, what is to be measured; measured: the answer, [errors, 2, B, H] float32 on the device.
     audit: whether sparse calls leave their error over all rows, too; audited: it, per site, as in measured.
     grid: (frames, height, width) in tokens, when only the arguments of this call show it.
-    carried: per site, the centroids that k-means left last time for this layer, branch and model.
+    carried: per site, what clustering left last time for this layer, branch and model: k-means the centroids
+    of queries and keys to go on from, splits their orders, to be used again.
     fixed: what does not depend on a call's tensors but on their shapes (`remember`).
     mask_ids: sites with one number here share one mask tensor in this call, so it is read once.
     seen_keys: per such number, how many keys its mask shows, if it shows the first of each batch element and
@@ -72,6 +76,7 @@ class Call:
 
     dense: dict[int, str] = field(default_factory=dict)
     density: dict[int, float | None] = field(default_factory=dict)
+    split_heads: dict[int, tuple[bool, ...]] = field(default_factory=dict)
     measure: dict[int, Measure] = field(default_factory=dict)
     measured: dict[int, Tensor] = field(default_factory=dict)
     audit: bool = False

@@ -1,7 +1,8 @@
 """How far is an output from exact attention? A few query rows of each head tell, computed exactly.
 
-n rows of every head, one at random in each of n equal stretches of the query order: so all query blocks have
-their say, text in its proportion, and the sums below estimate those over all rows without a bias.
+n rows of every head, one at random in each of n equal stretches: of the query order, so that all query blocks
+have their say, or where several orders are compared of the tokens, the same for all. The sums below estimate
+those over all rows without a bias.
 
     lost_h = sum_rows |o_r - o*_r|^2,   whole_h = sum_rows |o*_r|^2,   error = sqrt(sum_h lost / sum_h whole)
 
@@ -21,7 +22,7 @@ ROWS = 64
 
 
 def sample(length: int, like: Tensor, seed: int) -> Tensor:
-    """Slots [B,H,n] int64, ascending, of a query order of `length` slots; B, H and device as in `like`."""
+    """One number of each of n equal stretches of 0 to length - 1: [B,H,n] int64; B, H as in `like`."""
     n = min(ROWS, length)
     ends = torch.arange(n + 1, device=like.device) * length // n
     generator = torch.Generator(like.device).manual_seed(seed)
@@ -62,12 +63,16 @@ def true_error(
     return torch.cat(heads, dim=-1)
 
 
-def planned_error(query: Tensor, plan: Plan, out: Tensor, slots: Tensor, scale: float) -> Tensor:
-    """(lost, whole) [2,B,H] float32 if `plan` were used where `out` [B,H,L,D] is exact. slots [B,H,n].
+def planned_error(query: Tensor, plan: Plan, out: Tensor, tokens: Tensor, scale: float) -> Tensor:
+    """(lost, whole) [2,B,H] float32 if `plan` were used where `out` [B,H,L,D] is exact. tokens [B,H,n].
 
     One head at a time: what is [n, L] for all heads at once would not fit beside a model.
     """
-    tokens = plan.query_order.gather(-1, slots).long()
+    order = plan.query_order.long()
+    slots = torch.empty_like(order).scatter_(
+        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    )
+    slots = slots.gather(-1, tokens)
     queries, planned = rows(query, tokens).float(), []
     for b in range(query.shape[0]):
         for h in range(query.shape[1]):

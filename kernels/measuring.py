@@ -40,7 +40,10 @@ def measure_call(
 def try_densities(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, out: Tensor, c: SiteConstants
 ) -> None:
-    """In a dense call: measures what sparse ones would have lost, if the host asked for it."""
+    """In a dense call: measures what sparse ones would have lost, if the host asked for it.
+
+    Leaves [orders * densities,2,B,H] float32, the densities of the first order first.
+    """
     call = context.current()
     request = call.measure.get(c.site)
     if request is None or not request.densities:
@@ -48,12 +51,16 @@ def try_densities(
 
     def sums() -> Tensor:
         mask = drop_noop_mask(attn_mask, c.site)
-        slots, errors = measure.sample(query.shape[2], query, request.seed), []
-        for density in request.densities:
-            # These plans compute no output: their areas count nowhere.
-            with context.active(replace(call, density={c.site: density}, totals={})):
-                plan = planning.make_plan(query, key, value, mask, c)
-            errors.append(measure.planned_error(query, plan, out, slots, c.scale_of(query)))
+        tokens, errors = measure.sample(query.shape[2], query, request.seed), []
+        for order in request.orders or (c.order,):
+            # Splits are made anew, once for all densities; k-means goes on from what it left.
+            carried = call.carried if order == "kmeans" else {}
+            for density in request.densities:
+                # These plans compute no output: their areas count nowhere.
+                trial = replace(call, density={c.site: density}, split_heads={}, carried=carried, totals={})
+                with context.active(trial):
+                    plan = planning.make_plan(query, key, value, mask, c._replace(order=order))
+                errors.append(measure.planned_error(query, plan, out, tokens, c.scale_of(query)))
         return torch.stack(errors)
 
     _lay(call.measured, c, sums)

@@ -13,7 +13,7 @@ from .plan import KEY_BLOCK, QUERY_BLOCK, Plan, block_counts
 
 
 def make_plan(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, c: SiteConstants) -> Plan:
-    """The plan of one call; centroids are carried over in the running call's context.
+    """The plan of one call; what clustering carries over lies in the running call's context.
 
     attn_mask: [B or 1, 1, 1, L] bool, True where a key may be seen, or None.
     """
@@ -25,7 +25,8 @@ def make_plan(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | Non
     if grid is not None and math.prod(grid) != L - c.num_text:
         grid = None
     carried = call.carried.get(c.site, (None, None))
-    arrange = (c.num_text, c.text_first, c.order, grid, c.seed, call.remember)
+    split_heads = call.split_heads.get(c.site, ())
+    arrange = (c.num_text, c.text_first, c.order, grid, c.seed, split_heads, call.remember)
     queries, query_state = cluster.make_blocks(query, None, (vq, tq), QUERY_BLOCK, carried[0], *arrange)
     keys, key_state = cluster.make_blocks(key, valid, (vk, tk), KEY_BLOCK, carried[1], *arrange)
     if query_state is not None and key_state is not None:

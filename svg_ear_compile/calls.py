@@ -63,7 +63,8 @@ class _Thread:
 class _Visit(NamedTuple):
     """A site in one call: which layer it is, what controls it, and what was decided at which step.
 
-    stamp: the generation, the shape and the device.
+    stamp: the generation, the shape and the device. frozen: a CUDA graph is being recorded, whose tensors
+    are its own.
     """
 
     site: int
@@ -72,6 +73,7 @@ class _Visit(NamedTuple):
     tick: schedule.Tick
     stamp: Any
     decision: Decision
+    frozen: bool
 
 
 class SparseCallable:
@@ -133,17 +135,18 @@ class SparseCallable:
             weight = plan.inputs.parameters.get(site)
             layer = self._layer(None if weight is None else args[weight], site, clock)
             clock.position += 1
-            control = layers.control(layer, tick.branch, stamp, lambda: Control(settings))
+            control = layers.control(
+                layer, tick.branch, stamp,
+                lambda: Control(settings, grid=not plan.needs_grid or call.grid is not None),
+            )  # fmt: skip
             is_dense = settings.is_dense_layer(layer.number)
             if tick.step < first:
-                why = f"step {tick.step + 1} of {first} dense warm-up steps"
-                trial = None if is_dense or frozen else control.warm_up(tick.step, first)
-                decision = Decision(why, "warm-up steps", measure=trial)
+                decision = control.warm_up(tick.step, first, tries=not (is_dense or frozen))
             elif is_dense:
                 decision = Decision(f"layer {layer.number} is dense", "dense layers")
             else:
                 decision = control.decide(tick.step, frozen)
-            visits.append(_Visit(site, layer, control, tick, stamp, decision))
+            visits.append(_Visit(site, layer, control, tick, stamp, decision, frozen))
             record.controls[site, layer.model.number, layer.number, tick.branch] = control
             self._lay_out(call, visits[-1])
         return visits
@@ -162,24 +165,23 @@ class SparseCallable:
         site, decision, tick = visit.site, visit.decision, visit.tick
         if decision.measure is not None:
             seed = hash((self.settings.seed, visit.layer.number, tick.branch, tick.step)) % 2**63
-            call.measure[site] = context.Measure(seed, decision.measure)
+            call.measure[site] = context.Measure(seed, decision.measure, decision.orders)
         if decision.dense:
             call.dense[site] = decision.dense
             self.record.dense[site][decision.counter] += 1
         else:
             call.density[site] = decision.density
-        if self._clusters(visit):
+            call.split_heads[site] = decision.split_heads
+        if self._carries(visit) and not decision.anew:
             carried = layers.carried(visit.layer, tick.branch, visit.stamp)
             if carried is not None:
                 call.carried[site] = carried
 
-    def _clusters(self, visit: _Visit) -> bool:
-        """Whether k-means runs in this call, for a layer that can be told again."""
-        decision = visit.decision
-        runs = not decision.dense or decision.measure is not None
-        return (
-            runs and self.settings.order == "kmeans" and (visit.site, visit.layer.number) not in self._unnamed
-        )
+    def _carries(self, visit: _Visit) -> bool:
+        """Whether tokens are clustered in this call, for a layer that can be told again."""
+        runs = not visit.decision.dense or visit.decision.measure is not None
+        told = not visit.frozen and (visit.site, visit.layer.number) not in self._unnamed
+        return runs and told and self.settings.order != "cubes"
 
     def _tick(self, clock: schedule.Clock, args: tuple[Any, ...], shape: Any) -> None:
         """Tells the clock, if this call is the first of a call of its model."""
@@ -244,7 +246,7 @@ class SparseCallable:
                 decision = Decision(call.dense[site], "failures")
             measured, audited = call.measured.get(site), call.audited.get(site)
             visit.control.ran(visit.tick.step, decision, measured, audited, self.record.number)
-            if self._clusters(visit) and site in call.carried:
+            if self._carries(visit) and site in call.carried:
                 layers.keep(visit.layer, visit.tick.branch, visit.stamp, call.carried[site])
         for number, mask in self.plan.masks.items():
             seen_keys().keep(call.seen_keys, number, args, mask)

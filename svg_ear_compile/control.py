@@ -1,4 +1,5 @@
-"""How dense does a layer run, so that its measured error meets the target? And when is it not worth it?
+"""How dense does a layer run, so that its measured error meets the target? In which order are its tokens?
+And when is it not worth it?
 
 One Control per layer, guidance branch and generation: what it does depends on nothing before, so the same
 generation gives the same bits. The ops measure (kernels/measure.py); the sums travel to the host while the
@@ -8,6 +9,9 @@ never depends on how fast anything was.
 - Two steps before the first sparse one, while the call is dense anyhow, the layer tries TRIAL densities on
   the sampled rows. From their errors follow the density to begin with, and how fast the error falls with it.
   Without such a step it begins with the cautious FIRST_DENSITY.
+- Where the frame grid is known, it tries each density in both ORDERS. A head whose error is smaller by WORTH
+  with splits than with cubes goes by splits in this generation. Their orders are made in one sparse call of
+  RESPLIT, and used again in the others: tokens hardly move against each other from step to step.
 - Then it measures the first sparse calls, every measure_every-th of the others, and what follows a change
   of density. Near d the error is taken to fall as d^-slope: to get to AIM of the target needs
   d (error / (AIM target))^(1 / slope). Most of the way there is gone in one decision, upwards more of it than
@@ -33,6 +37,10 @@ from .settings import Settings
 
 LAG = 2
 TRIAL = (0.15, 0.45)
+ORDERS = ("cubes", "splits")
+WORTH = 0.75
+"""Splits take time, about as much as an error that is a quarter smaller is worth."""
+RESPLIT = 8
 FIRST_DENSITY = 0.4
 FIRST_CALLS = 4
 """So many sparse calls are measured whatever measure_every is: later ones differ less from those before."""
@@ -66,12 +74,21 @@ class Sums:
     def __init__(self, sums: Tensor) -> None:
         self._event = None
         self._sums: Tensor | None = sums
-        self._errors: list[Error] = []
+        self._read = sums
         if sums.is_cuda:
             self._sums = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True)
             self._sums.copy_(sums, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record(torch.cuda.current_stream(sums.device))
+
+    def read(self) -> Tensor:
+        """[errors,2,B,H] float64 on the host."""
+        if self._sums is not None:
+            if self._event is not None:
+                self._event.synchronize()
+            self._read = self._sums.double()
+            self._sums = self._event = None  # the next call's sums get the pinned memory
+        return self._read
 
     def errors(self) -> list[Error]:
         """One for each thing measured.
@@ -79,12 +96,7 @@ class Sums:
         Heads whose exact output is not finite say nothing; NaN where all are so. Infinite where an output
         is not finite and the exact one is.
         """
-        if self._sums is not None:
-            if self._event is not None:
-                self._event.synchronize()
-            self._errors = [_error(*sums) for sums in self._sums.double()]
-            self._sums = self._event = None  # the next call's sums get the pinned memory
-        return self._errors
+        return [_error(*sums) for sums in self.read()]
 
 
 def _error(lost: Tensor, whole: Tensor) -> Error:
@@ -98,13 +110,20 @@ def _error(lost: Tensor, whole: Tensor) -> Error:
 
 
 class Decision(NamedTuple):
-    """What a layer does at one step. density: None where dense, or as routed. counter: for the report."""
+    """What a layer does at one step.
+
+    density: None where dense, or as routed. counter: for the report. split_heads: as in context.Call. anew:
+    whether orders that were kept are to be made again. orders: in which a dense call tries its densities.
+    """
 
     dense: str | None = None
     counter: str = ""
     density: float | None = None
     measure: tuple[float, ...] | None = None
     """None: nothing is measured; else the densities to try, () in a sparse call."""
+    orders: tuple[str, ...] = ()
+    split_heads: tuple[bool, ...] = ()
+    anew: bool = False
 
 
 @dataclass
@@ -128,9 +147,10 @@ class Step:
 
 @dataclass(eq=False)
 class Control:
-    """One layer in one branch of one generation."""
+    """One layer in one branch of one generation. grid: whether its frame grid is known."""
 
     settings: Settings
+    grid: bool = False
     density: float | None = field(init=False)
     slope: float = SLOPE
     pays: bool = True
@@ -139,6 +159,8 @@ class Control:
     strikes: int = 0
     least: float = 0.0
     """A density at which the error was beyond max_error is not used again."""
+    split_heads: tuple[bool, ...] = ()
+    """Which heads go by splits although the grid is known; (): none."""
     steps: deque[Step] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
     _unread: deque[Step] = field(default_factory=deque)
     _last: Step | None = None
@@ -149,10 +171,10 @@ class Control:
         s = self.settings
         self.density = s.density if s.target_error is None else min(FIRST_DENSITY, s.max_density)
 
-    def warm_up(self, step: int, first: int) -> tuple[float, ...] | None:
-        """The densities to try in a dense step, of `first` ones; None: nothing is tried."""
-        tries = self.settings.target_error is not None and step == max(first - LAG, 0)
-        return self._trial() if tries else None
+    def warm_up(self, step: int, first: int, tries: bool = True) -> Decision:
+        """What to do in a dense step, of `first` ones. tries: whether anything can be tried in it."""
+        decision = Decision(f"step {step + 1} of {first} dense warm-up steps", "warm-up steps")
+        return self._trial(decision) if tries and step == max(first - LAG, 0) else decision
 
     def decide(self, step: int, frozen: bool = False) -> Decision:
         """What to do at a step behind the warm-up. frozen: nothing can be read or measured just now."""
@@ -164,12 +186,16 @@ class Control:
         if not self.pays:
             retry = not frozen and (self._last is None or step - self._last.step >= RETRY)
             reason = f"an error of {self.settings.target_error:g} needs more than max_density"
-            return Decision(reason, "sparsity would not pay", measure=self._trial() if retry else None)
+            decision = Decision(reason, "sparsity would not pay")
+            return self._trial(decision) if retry else decision
         every = self.settings.measure_every
         often = self._sparse_calls < FIRST_CALLS or self._sparse_calls % (every or 1) == 0
         due = bool(every) and not frozen and (often or self._is_new())
+        anew = self.settings.order != "kmeans" and self._sparse_calls % RESPLIT == 0
         self._sparse_calls += 1
-        return Decision(density=self.density, measure=() if due else None)
+        return Decision(
+            density=self.density, measure=() if due else None, split_heads=self.split_heads, anew=anew
+        )
 
     def ran(
         self,
@@ -188,11 +214,17 @@ class Control:
             self._unread.append(entry)
             self._last = entry
 
-    def _trial(self) -> tuple[float, float]:
-        """Never more than what the layer may use."""
-        low, high = TRIAL
-        top = self.settings.max_density
-        return (low * min(1.0, top / high), min(high, top))
+    def _trial(self, dense: Decision) -> Decision:
+        """The dense decision, with what there is to try in it: never more than what the layer may use."""
+        s = self.settings
+        orders = ORDERS if s.order == "auto" and self.grid else ()
+        if s.target_error is not None:
+            low, high = TRIAL
+            tried = (low * min(1.0, s.max_density / high), min(high, s.max_density))
+            return dense._replace(measure=tried, orders=orders)
+        if s.density is not None and orders and s.measure_every:
+            return dense._replace(measure=(s.density,), orders=orders)
+        return dense
 
     def _is_new(self) -> bool:
         """Whether no measurement was made near the density that is now used."""
@@ -203,11 +235,15 @@ class Control:
 
     def _learn(self, entry: Step) -> None:
         assert entry.sums is not None
-        errors = [max(error.call, 1e-9) for error in entry.sums.errors()]
+        sums = entry.sums.read()
+        if entry.decision.orders:
+            sums = self._choose_order(sums)
+        errors = [max(_error(*call).call, 1e-9) for call in sums]
         if any(math.isnan(error) for error in errors):
             return
         if entry.decision.dense:
-            self._learn_trial(entry, errors)
+            if self.settings.target_error is not None:
+                self._learn_trial(entry, errors)
             return
         if not self.pays:
             return  # measured before the layer went dense: a trial is what counts now
@@ -225,6 +261,16 @@ class Control:
             # What was measured at a higher density has led down already: further down goes what comes next.
             if self.density is None or not need < self.density < entry.decision.density:
                 self._move(need)
+
+    def _choose_order(self, sums: Tensor) -> Tensor:
+        """sums [orders * densities,2,B,H] of a trial: chooses, and returns those of the choice."""
+        cubes, splits = sums.unflatten(0, (len(ORDERS), -1))
+        # Of the squared errors of a head: of the batch together, and the mean over the densities, which lie
+        # far apart, of the logarithms.
+        ratio = (splits[:, 0].sum(-2) / cubes[:, 0].sum(-2)).log().mean(0)
+        chosen = ratio < 2 * math.log(WORTH)  # not where the ratio is NaN
+        self.split_heads = tuple(chosen.tolist()) if chosen.any() else ()
+        return torch.where(chosen, splits, cubes)
 
     def _learn_trial(self, entry: Step, errors: list[float]) -> None:
         """Between the two densities a power of the density, beyond the larger an exponential of it."""

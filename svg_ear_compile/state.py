@@ -4,7 +4,8 @@ A layer is known by the Parameter of its query projection: the object, weakly he
 offload, and an id may come back with another object. A graph of a single block is shared by all layers, and
 by the layers of other models; the Parameter that a call brings along tells them apart.
 
-Centroids (order "kmeans" only) and what controls the density (control.py) are kept per layer and branch. They
+What clustering carries on (centroids of k-means, orders of splits) and what controls the density (control.py)
+are kept per layer and branch. They
 go away with the model, with torch._dynamo.reset(), with a new generation, and when shape or device change.
 """
 
@@ -24,7 +25,8 @@ from .control import Control
 MAX_BRANCHES = 8
 """Of so many branches something is kept per layer, the oldest goes first: guidance needs 2 or 4."""
 
-Centroids = tuple[Tensor, Tensor]
+Carried = tuple[Tensor, Tensor]
+"""Of queries and of keys."""
 
 
 @dataclass(eq=False)
@@ -41,7 +43,7 @@ class Layer:
 
     model: Model
     number: int
-    carried: OrderedDict[int, tuple[Hashable, Centroids]] = field(default_factory=OrderedDict)
+    carried: OrderedDict[int, tuple[Hashable, Carried]] = field(default_factory=OrderedDict)
     controls: OrderedDict[tuple[int, Hashable], Control] = field(default_factory=OrderedDict)
 
 
@@ -71,7 +73,7 @@ class Layers:
                 model.layers += 1
             return layer
 
-    def carried(self, layer: Layer, branch: int, stamp: Hashable) -> Centroids | None:
+    def carried(self, layer: Layer, branch: int, stamp: Hashable) -> Carried | None:
         """What `keep` was given for this layer and branch, if it was under the same stamp."""
         with self._lock:
             kept = layer.carried.get(branch)
@@ -80,10 +82,10 @@ class Layers:
                 return None
             return None if kept is None else kept[1]
 
-    def keep(self, layer: Layer, branch: int, stamp: Hashable, centroids: Centroids) -> None:
-        """Keeps centroids. stamp: the generation, the shape and the device that they belong to."""
+    def keep(self, layer: Layer, branch: int, stamp: Hashable, carried: Carried) -> None:
+        """Keeps it. stamp: the generation, the shape and the device that they belong to."""
         with self._lock:
-            layer.carried[branch] = (stamp, centroids)
+            layer.carried[branch] = (stamp, carried)
             layer.carried.move_to_end(branch)
             while len(layer.carried) > MAX_BRANCHES:
                 layer.carried.popitem(last=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 from svg_ear_compile import schedule
 from svg_ear_compile.calls import CallPlan, SparseCallable
+from svg_ear_compile.control import ORDERS, RESPLIT
+from svg_ear_compile.errors import call_errors
 from svg_ear_compile.kernels import context
+from svg_ear_compile.kernels.context import Measure
 from svg_ear_compile.passes.site import GraphInputs
 from svg_ear_compile.records import GraphRecord
 from svg_ear_compile.seen_keys import MaskSource
@@ -41,18 +44,26 @@ class Graph:
         self.leave: dict[int, tuple[Tensor, Tensor]] = {}
         self.error = 0.0
         """What every call measures, whatever its density."""
+        self.trial: Tensor | None = None
+        """[orders, heads]: what a trial of one density measures instead."""
+        self.look: Callable[[context.Call], Any] = lambda call: None
 
     def __call__(self, *args: Any) -> str:
         call = context.current()
         self.contexts.append(call)
+        self.look(call)
         if 0 not in call.seen_keys:
             self.mask_reads += 1
             call.seen_keys[0] = int(args[MASK].sum())
         call.dense |= dict.fromkeys(self.fail, "failed: ValueError")
         call.carried |= self.leave
         for request in call.measure.values():
-            errors = torch.full((len(request.densities) or 1,), self.error)
+            tried = len(request.densities) * len(request.orders or ("its own",))
+            errors = torch.full((tried or 1,), self.error)
             call.measured[0] = torch.stack([errors**2, torch.ones_like(errors)], 1)[..., None, None]
+            if self.trial is not None and request.orders:
+                lost = self.trial
+                call.measured[0] = torch.stack([lost, torch.full_like(lost, 100.0)], 1)[:, :, None]
         return "out"
 
 
@@ -223,13 +234,36 @@ def test_centroids_are_carried_until_the_shape_changes(layers: list[nn.Parameter
     assert not graph.contexts[3].carried
 
 
-def test_without_kmeans_nothing_is_carried(layers: list[nn.Parameter]) -> None:
-    run, graph, _ = block({})
+def test_cubes_carry_nothing(layers: list[nn.Parameter]) -> None:
+    run, graph, _ = block({"order": "cubes"})
     graph.leave = {0: (torch.zeros(1), torch.ones(1))}
     model_call(run, layers, 9.0)
     graph.leave = {}
     model_call(run, layers, 8.0)
     assert not graph.contexts[-1].carried
+
+
+def test_orders_of_splits_are_used_again_and_made_anew_in_turns(layers: list[nn.Parameter]) -> None:
+    run, graph, _ = block({"order": "splits", "density": 0.3})
+    left = (torch.zeros(1), torch.ones(1))
+    graph.leave = {0: left}
+    before = []
+    graph.look = lambda call: before.append(call.carried.get(0))
+    for time in range(2 * RESPLIT):
+        model_call(run, layers[:1], 90.0 - time)
+    assert before == ([None] + [left] * (RESPLIT - 1)) * 2
+
+
+def test_heads_that_a_trial_chose_go_by_splits(layers: list[nn.Parameter]) -> None:
+    options = {"density": 0.3, "dense_steps": 2, "num_steps": 6}
+    run, graph, _ = block(options)
+    graph.trial = torch.tensor([[4.0, 4.0], [1.0, 9.0]])  # squared errors: orders x heads
+    for time in (9.0, 8.0, 7.0, 6.0):
+        model_call(run, layers[:1], time)
+    assert graph.contexts[0].measure[0] == Measure(graph.contexts[0].measure[0].seed, (0.3,), ORDERS)
+    assert [call.split_heads for call in graph.contexts] == [{}, {}, {0: (True, False)}, {0: (True, False)}]
+    (share,) = {e.split_share for e in call_errors(run.record) if not e.dense}
+    assert share == 0.5
 
 
 def test_failures_inside_the_ops_count_as_dense(layers: list[nn.Parameter]) -> None:

@@ -12,7 +12,20 @@ import torch
 from torch import Tensor
 
 from svg_ear_compile import control
-from svg_ear_compile.control import AIM, FIRST_DENSITY, LAG, RETRY, TRIAL, Control, Decision, Step, Sums
+from svg_ear_compile.control import (
+    AIM,
+    FIRST_DENSITY,
+    LAG,
+    ORDERS,
+    RESPLIT,
+    RETRY,
+    TRIAL,
+    WORTH,
+    Control,
+    Decision,
+    Step,
+    Sums,
+)
 from svg_ear_compile.settings import resolve
 
 STEPS, WARM_UP = 30, 6
@@ -31,8 +44,7 @@ def sums(*errors: float) -> Tensor:
 
 def generation(control: Control, world: World, steps: int = STEPS, warm_up: int = WARM_UP) -> list[Step]:
     for step in range(steps):
-        trial = control.warm_up(step, warm_up) if step < warm_up else None
-        decision = Decision("warm-up", "warm-up", measure=trial) if step < warm_up else control.decide(step)
+        decision = control.warm_up(step, warm_up) if step < warm_up else control.decide(step)
         densities = decision.measure if decision.dense else (decision.density,)
         measured = None if decision.measure is None else sums(*(world(d, step) for d in densities or ()))
         control.ran(step, decision, measured)
@@ -128,7 +140,7 @@ def test_a_slightly_larger_need_than_max_density_is_no_reason_to_go_dense() -> N
 def test_the_guard_of_a_fixed_density() -> None:
     steps = generation(make(density=0.2, max_error=0.1), lambda d, s: 0.05 if s < 13 else 0.2)
     counters = [s.decision.counter for s in steps]
-    assert counters[:16] == ["warm-up"] * 6 + [""] * 10, "measured at 10 and 14; known two steps later"
+    assert counters[:16] == ["warm-up steps"] * 6 + [""] * 10, "measured at 10 and 14; known two steps later"
     assert set(counters[16:]) == {"error beyond max_error"}
     assert steps[-1].decision.dense == "its error was 0.2, more than max_error 0.1"
     silent = generation(make(density=0.2, max_error=0.3), lambda d, s: 0.2)
@@ -183,14 +195,14 @@ def test_densities_stay_within_their_bounds() -> None:
 def test_without_a_target_the_density_is_the_one_that_was_set() -> None:
     for options, density in (({"density": 0.3}, 0.3), ({"preset": "svg_ear"}, None)):
         control = make(**options)
-        assert all(control.warm_up(step, 6) is None for step in range(6))
+        assert all(control.warm_up(step, 6).measure is None for step in range(6))
         assert {control.decide(step).density for step in range(6, 20)} == {density}
 
 
 def test_nothing_is_read_or_measured_while_a_graph_is_recorded() -> None:
     frozen = make(target_error=0.04)
     frozen.ran(0, Decision(density=0.4, measure=()), sums(9.0))
-    assert frozen.decide(5, frozen=True) == Decision(density=FIRST_DENSITY)
+    assert frozen.decide(5, frozen=True) == Decision(density=FIRST_DENSITY, anew=True)
     assert frozen.decide(6).dense
 
 
@@ -207,7 +219,7 @@ def test_errors_of_sums() -> None:
     assert error(math.nan, 100.0) == math.inf, "the output is not finite where exact attention is"
     assert math.isnan(Sums(torch.full((1, 2, 1, 2), math.nan)).errors()[0].call)
     found = Sums(torch.stack([lost, whole])[None])
-    assert found.errors() is found.errors(), "read once"
+    assert found.read() is found.read(), "read once"
 
 
 def test_the_same_measurements_the_same_decisions() -> None:
@@ -216,3 +228,56 @@ def test_the_same_measurements_the_same_decisions() -> None:
     )
     assert first == second
     assert control.LAG == 2
+
+
+def trial_of(control: Control, cubes: Tensor, splits: Tensor, heads: int = 3) -> Decision:
+    """The decision two steps after a trial with these errors [densities, heads] in the two orders."""
+    decision = control.warm_up(4, WARM_UP)
+    assert decision.orders == ORDERS
+    lost = torch.cat([cubes, splits]).square()
+    control.ran(4, decision, torch.stack([lost, torch.ones_like(lost)], 1)[:, :, None])
+    return control.decide(WARM_UP)
+
+
+def known(**options: Any) -> Control:
+    """Of a layer whose frame grid is known."""
+    return Control(resolve(options, {}).settings, grid=True)
+
+
+CUBES = torch.tensor([[0.10, 0.10, 0.10], [0.03, 0.03, 0.03]])
+
+
+def test_a_head_goes_by_splits_where_its_error_is_clearly_smaller() -> None:
+    better = CUBES * torch.tensor([0.9 * WORTH, 1.1 * WORTH, 3.0])
+    for one in (known(target_error=0.04), known(density=0.3)):
+        assert trial_of(one, CUBES, better).split_heads == (True, False, False)
+    assert trial_of(known(density=0.3), CUBES, 2 * CUBES).split_heads == ()
+    assert trial_of(known(density=0.3), CUBES, torch.full_like(CUBES, math.nan)).split_heads == ()
+
+
+def test_the_density_is_that_of_the_chosen_order() -> None:
+    """Splits at half the error: as if only they had been tried."""
+    chosen = trial_of(known(target_error=0.04), CUBES, CUBES / 2)
+    alone = make(target_error=0.04)
+    decision = alone.warm_up(4, WARM_UP)
+    lost = (CUBES / 2).square()
+    alone.ran(4, decision, torch.stack([lost, torch.ones_like(lost)], 1)[:, :, None])
+    assert chosen.split_heads == (True, True, True)
+    assert chosen.density == alone.decide(WARM_UP).density
+    assert (chosen.density or 1) < (trial_of(known(target_error=0.04), CUBES, CUBES).density or 0)
+
+
+def test_orders_are_tried_only_where_there_is_a_choice() -> None:
+    for options in ({"order": "cubes"}, {"measure_every": 0}):
+        assert known(density=0.3, **options).warm_up(4, WARM_UP).measure is None
+    assert make(density=0.3).warm_up(4, WARM_UP).measure is None, "no grid, no cubes"
+    assert known(target_error=0.04, order="splits").warm_up(4, WARM_UP).orders == ()
+    assert known(density=0.3).warm_up(3, WARM_UP).orders == ()
+    assert known(density=0.3).warm_up(4, WARM_UP, tries=False).measure is None
+
+
+def test_orders_are_made_anew_once_in_a_while() -> None:
+    sparse = [s.decision for s in generation(make(density=0.3), power(0.2, 1.0)) if not s.decision.dense]
+    assert [i for i, decision in enumerate(sparse) if decision.anew] == [0, RESPLIT, 2 * RESPLIT]
+    clusters = make(preset="svg_ear")
+    assert not any(s.decision.anew for s in generation(clusters, lambda density, step: 0.1))

@@ -34,12 +34,15 @@ def make(
     carried: Tensor | None = None,
     grid: tuple[int, ...] | None = GRID,
     clusters: int = 6,
+    split_heads: tuple[bool, ...] = (),
 ) -> tuple[cluster.Blocks, Tensor | None]:
     counts = block_counts(x.shape[2], num_text, order)[0 if queries else 1]
     if order == "kmeans":
         counts = (clusters, counts[1])
     block = QUERY_BLOCK if queries else KEY_BLOCK
-    return cluster.make_blocks(x, valid, counts, block, carried, num_text, text_first, order, grid, 0)
+    return cluster.make_blocks(
+        x, valid, counts, block, carried, num_text, text_first, order, grid, 0, split_heads
+    )
 
 
 def radius(x: Tensor, size: int) -> float:
@@ -143,7 +146,7 @@ def test_text_comes_last_in_blocks_of_its_own(
         assert state is not None
         assert state.shape == (2, 3, 6, 16)
     else:
-        assert state is None
+        assert (state is not None) == (order == "splits")
         assert (blocks.offsets[..., :video] == torch.arange(video) * block).all()
 
 
@@ -305,3 +308,53 @@ def test_more_clusters_than_tokens() -> None:
     assert (blocks.offsets.diff() > 0).sum(-1).tolist() == [[9], [2]], "each token is a cluster"
     assert state is not None
     assert state.isfinite().all()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("chosen", [(True, False, False), (False, True, True), (True, True, True)])
+def test_each_head_has_the_order_that_was_chosen_for_it(chosen: tuple[bool, ...], masked: bool) -> None:
+    x, valid = tokens(2, 3, 273 + 9, 16), None
+    if masked:
+        valid = torch.ones(2, 282, dtype=torch.bool)
+        valid[1, 100:120] = False
+    how = {"valid": valid, "num_text": 9, "text_first": True}
+    mixed, state = make(x, "auto", split_heads=chosen, **how)
+    by_cubes, by_splits = make(x, "cubes", **how)[0], make(x, "splits", **how)[0]
+    assert torch.equal(mixed.offsets, by_cubes.offsets)
+    for head, by_split in enumerate(chosen):
+        expected = by_splits if by_split else by_cubes
+        assert torch.equal(mixed.order[:, head], expected.order[:, head])
+    assert state is not None
+    assert state.shape == (2, sum(chosen), 273)
+
+
+@pytest.mark.parametrize("order", ["auto", "splits"])
+def test_orders_that_were_carried_on_are_used_again(order: str) -> None:
+    chosen = (False, True, True)
+    first, state = make(tokens(2, 3, 273, 16), order, split_heads=chosen)
+    moved = tokens(2, 3, 273, 16, seed=5)
+    again, kept = make(moved, order, split_heads=chosen, carried=state)
+    assert kept is state
+    assert torch.equal(again.order, first.order)
+    anew, _ = make(moved, order, split_heads=chosen)
+    assert not torch.equal(anew.order, first.order)
+
+
+def test_orders_of_other_sizes_are_made_anew() -> None:
+    x = tokens(1, 3, 273, 16)
+    expected, _ = make(x, "auto", split_heads=(True, False, True))
+    _, two = make(tokens(2, 3, 273, 16), "auto", split_heads=(True, False, True))
+    _, other = make(x, "auto", split_heads=(True, False, False))
+    for carried in (two, other, torch.zeros(1, 3, 6, 16)):
+        blocks, _ = make(x, "auto", split_heads=(True, False, True), carried=carried)
+        assert torch.equal(blocks.order, expected.order)
+
+
+def test_a_mask_that_changed_does_not_harm_an_order_that_was_carried_on() -> None:
+    x, valid = tokens(1, 2, 273, 16), torch.ones(1, 273, dtype=torch.bool)
+    _, state = make(x, "splits", valid=valid)
+    valid[0, :50] = False
+    blocks, _ = make(x, "splits", valid=valid, carried=state)
+    assert is_permutation(blocks.order)
+    assert (blocks.offsets[..., -1] == 223).all()
+    assert (blocks.order[..., 223:] < 50).all(), "masked tokens are behind the last block"

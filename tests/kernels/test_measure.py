@@ -102,7 +102,9 @@ def test_a_sample_is_right_on_average() -> None:
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("order", "routing"), FAMILIES)
-def test_a_trial_is_what_the_sparse_call_then_measures(order, routing, masked) -> None:
+def test_a_trial_is_what_the_sparse_call_then_measures(order, routing, masked, monkeypatch) -> None:
+    """On all rows: a trial draws tokens, a sparse call slots."""
+    monkeypatch.setattr(measure, "ROWS", 10**6)
     attn_mask = mask() if masked else None
     dense, sparse = call(0.15, 0.5, dense=True), call(density={SITE: 0.5})
     attend(dense, constants(order, routing), attn_mask)
@@ -112,6 +114,25 @@ def test_a_trial_is_what_the_sparse_call_then_measures(order, routing, masked) -
         torch.testing.assert_close(dense.measured[SITE][1], sparse.measured[SITE][0], rtol=1e-3, atol=0)
     few, many = dense.measured[SITE][:, 0].sum((1, 2))
     assert 0 < many < 0.8 * few
+
+
+def test_orders_are_tried_on_the_same_rows() -> None:
+    """Each as a site of that order would have measured it, where all rows count."""
+    orders, densities = ("cubes", "splits"), (0.2, 0.5)
+    both = context.Call(
+        strict=True, measure={SITE: Measure(5, densities, orders)}, dense={SITE: "a test"},
+        split_heads={SITE: (True, False, True)},
+    )  # fmt: skip
+    attend(both, constants("auto"))
+    assert both.measured[SITE].shape == (4, 2, 2, 3)
+    assert not both.carried, "orders of a trial are not used again"
+    for i, order in enumerate(orders):
+        one = call(*densities, dense=True)
+        attend(one, constants(order))
+        assert torch.equal(both.measured[SITE][2 * i : 2 * i + 2], one.measured[SITE])
+    whole = both.measured[SITE][:, 1]
+    assert torch.equal(whole, whole[:1].expand_as(whole)), "the same rows, the same exact output"
+    assert not torch.equal(both.measured[SITE][0], both.measured[SITE][2])
 
 
 @pytest.mark.parametrize("merged", [True, False])
