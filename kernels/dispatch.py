@@ -7,26 +7,38 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from . import attention, permute, probe, route
+from . import attention, kmeans_steps, permute, probe, route, split_steps
 
 
 class Kernels(NamedTuple):
-    """The modules with the functions of kernels/permute.py, probe.py, route.py and attention.py.
+    """The modules with the functions of kernels/split_steps.py, kmeans_steps.py, permute.py, probe.py,
+    route.py and attention.py.
 
     The last argument of attention's, variable: whether blocks may be of any size (kmeans); Triton cannot
     see from a plan on the device.
     """
 
+    splits: ModuleType
+    kmeans: ModuleType
     permute: ModuleType
     probe: ModuleType
     route: ModuleType
     attention: ModuleType
 
 
-def kernels_for(query: Tensor) -> Kernels:
-    """For the query's device: Triton on CUDA, else PyTorch."""
-    if query.is_cuda:
-        from . import triton_attention, triton_permute, triton_probe, triton_route
+def kernels_for(x: Tensor) -> Kernels:
+    """For the tensor's device: Triton on CUDA, else PyTorch."""
+    if x.is_cuda:
+        from . import (
+            triton_attention,
+            triton_kmeans,
+            triton_permute,
+            triton_probe,
+            triton_route,
+            triton_splits,
+        )
 
-        return Kernels(triton_permute, triton_probe, triton_route, triton_attention)
-    return Kernels(permute, probe, route, attention)
+        return Kernels(
+            triton_splits, triton_kmeans, triton_permute, triton_probe, triton_route, triton_attention
+        )
+    return Kernels(split_steps, kmeans_steps, permute, probe, route, attention)

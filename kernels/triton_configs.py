@@ -63,3 +63,15 @@ def probe_config_for(capability: tuple[int, int], head_dim: int, dtype: torch.dt
         return Config(64, 64, 64, 8, 2 if tma else 1, 1, tma=tma)
     # 128 registers a thread and under 100 KB: two programs a multiprocessor, one computes while one waits.
     return Config(128, 64, 64, 8, 2, 1, tma=True) if tma else Config(64, 64, 64, 8, 2, 1)
+
+
+def assign_config_for(capability: tuple[int, int], head_dim: int, dtype: torch.dtype) -> Config:
+    """k-means': block_m tokens, block_c centroids."""
+    if capability == (0, 0):
+        return Config(64, 0, 16, 4, 1, 1)
+    if dtype == torch.float32:
+        return Config(64, 0, 32, 4, 1, 1)
+    tma = capability[0] in (9, 10)
+    if head_dim > 128:
+        return Config(64, 0, 64, 4, 2, 2, tma=tma)
+    return Config(128, 0, 64, 8, 2, 2, tma=True) if tma else Config(64, 0, 64, 4, 2, 2)

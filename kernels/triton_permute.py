@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -74,19 +75,23 @@ def gather_with_means(
     return (*out, *_launch((key, value), order, offsets, out))
 
 
-def gathered_means(x: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
-    """The block means alone: x is read, and nothing of its size is written."""
-    return _launch((x,), order, offsets, ())[0]
+def gathered_means(x: Tensor, order: Tensor, offsets: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The block means alone: x is read, and nothing of its size is written. dtype: x's unless given."""
+    return _launch((x,), order, offsets, (), dtype)[0]
 
 
 def _launch(
-    inputs: tuple[Tensor, ...], order: Tensor, offsets: Tensor, out: tuple[Tensor, ...]
+    inputs: tuple[Tensor, ...],
+    order: Tensor,
+    offsets: Tensor,
+    out: tuple[Tensor, ...],
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, ...]:
     """Means of one tensor, or of two of one shape that are gathered into out."""
     B, H, L, D = inputs[0].shape
     C = offsets.shape[-1] - 1
     inputs = tuple(x if x.stride(-1) == 1 else x.contiguous() for x in inputs)
-    means = tuple(x.new_empty((B, H, C, D)) for x in inputs)
+    means = tuple(x.new_empty((B, H, C, D), dtype=dtype) for x in inputs)
     pair, none = bool(out), (None, None)
     gather_kernel[(H, C + 1, B)](
         *(inputs if pair else (*inputs, None)), order.contiguous(), offsets.contiguous(),

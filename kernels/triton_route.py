@@ -31,6 +31,7 @@ from .plan import KEY_BLOCK, QUERY_BLOCK
 from .probe import Scores
 from .route import Routed
 from .triton_probe import RowScores
+from .triton_tiles import ordered_bits
 
 _DIGITS, _PASSES = 256, 4
 # Per batch element, int64: areas by digit of each pass, then the budget, then (key so far, area of larger
@@ -84,13 +85,6 @@ def _next_digit(state, at, DIGITS: tl.constexpr, PASSES: tl.constexpr):
 
 
 @triton.jit
-def _key(error):
-    """Unsigned integers in the order of floats; -0 is 0."""
-    bits = tl.where(error == 0.0, 0.0, error).to(tl.uint32, bitcast=True)
-    return tl.where((bits >> 31) != 0, ~bits, bits | 0x80000000)
-
-
-@triton.jit
 def digits_kernel(
     error, shift, query_offsets, key_offsets, density, state, ties,
     H, Cq, Ck, video_queries, video_keys, stride_b, stride_h, stride_q, stride_k,
@@ -134,7 +128,7 @@ def digits_kernel(
         area = rows.to(tl.int64)[:, None] * columns[None, :]
         there = area > 0
         e = tl.load(start + j.to(tl.int64)[None, :] * stride_k, mask=there, other=0.0) - off[:, None]
-        key = _key(e)
+        key = ordered_bits(e)
         there = there & (e == e)
         if PASS > 0:
             there = there & ((key >> (32 - 8 * PASS)) == so_far)
@@ -197,7 +191,7 @@ def lists_kernel(
         video = (i < video_queries)[:, None] & (j < video_keys)[None, :]
         if CHOOSE:
             e = tl.load(error + place, mask=inside, other=0.0) - off[:, None]
-            key = _key(e)
+            key = ordered_bits(e)
             area = rows.to(tl.int64)[:, None] * columns[None, :]
             tie = video & (e == e) & (key == key_found)
             spent = tl.where(tie, area, 0)

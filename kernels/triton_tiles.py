@@ -1,4 +1,4 @@
-"""What the Triton kernels share: loading tiles of rows, by pointers or by the tensor memory accelerator."""
+"""What the Triton kernels share: tiles of rows, by pointers or tensor memory accelerator; keys of floats."""
 
 from __future__ import annotations
 
@@ -27,6 +27,13 @@ def load_rows(source, head, first, length, BLOCK: tl.constexpr, HEAD_DIM: tl.con
         where = start + rows.to(tl.int64)[:, None] * HEAD_DIM + columns[None, :]
         tile = tl.load(where, mask=(columns < HEAD_DIM)[None, :], other=0.0)
     return tile
+
+
+@triton.jit
+def ordered_bits(x):
+    """Unsigned integers in the order of floats; -0 is 0."""
+    bits = tl.where(x == 0.0, 0.0, x).to(tl.uint32, bitcast=True)
+    return tl.where((bits >> 31) != 0, ~bits, bits | 0x80000000)
 
 
 def descriptor(x: Tensor, rows: int, block_d: int) -> Any:

@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from clustered import is_permutation, radius, tokens
 from torch import Tensor
 
-from svg_ear_compile.kernels import cluster, kmeans, splits
+from svg_ear_compile.kernels import cluster, kmeans, kmeans_steps, splits
 from svg_ear_compile.kernels.plan import KEY_BLOCK, QUERY_BLOCK, block_counts
 
 CPU = torch.device("cpu")
 ORDERS = ("cubes", "splits", "kmeans")
 GRID = (3, 7, 13)  # 273 video tokens: ragged in every direction, and in blocks of 64 and 128
-
-
-def tokens(*shape: int, seed: int = 0, clusters: int = 11) -> Tensor:
-    """Clustered tokens [B,H,L,D] of unequal variances, as keys after their norm are."""
-    g = torch.Generator().manual_seed(seed)
-    B, H, L, D = shape
-    centers = torch.randn(B, H, clusters, D, generator=g)
-    label = torch.randint(0, clusters, (B, H, L, 1), generator=g).expand(shape)
-    return (centers.gather(2, label) + 0.5 * torch.randn(shape, generator=g)) * torch.linspace(1.5, 0.3, D)
 
 
 def make(
@@ -43,16 +35,6 @@ def make(
     return cluster.make_blocks(
         x, valid, counts, block, carried, num_text, text_first, order, grid, 0, split_heads
     )
-
-
-def radius(x: Tensor, size: int) -> float:
-    """Root mean squared distance of tokens [..., N, D] from the mean of their block, whole blocks only."""
-    x = x[..., : x.shape[-2] // size * size, :].unflatten(-2, (-1, size))
-    return (x - x.mean(-2, keepdim=True)).square().sum(-1).mean().sqrt().item()
-
-
-def is_permutation(order: Tensor) -> bool:
-    return bool((order.sort(-1).values == torch.arange(order.shape[-1])).all())
 
 
 def coordinates(grid: tuple[int, ...], order: Tensor) -> Tensor:
@@ -255,7 +237,8 @@ def test_small_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     x = tokens(2, 3, 273, 16)
     whole = [make(x, order)[0] for order in ("splits", "kmeans")]
     monkeypatch.setattr(splits, "_CHUNK_BYTES", 1)
-    monkeypatch.setattr(kmeans, "_CHUNK_BYTES", 40 * 6 * 4)
+    monkeypatch.setattr(kmeans, "_CHUNK_BYTES", 1)
+    monkeypatch.setattr(kmeans_steps, "_CHUNK_BYTES", 40 * 6 * 4)
     for blocks, order in zip(whole, ("splits", "kmeans"), strict=True):
         assert torch.equal(make(x, order)[0].order, blocks.order)
 

@@ -18,11 +18,18 @@ triton = pytest.importorskip("triton")
 
 from svg_ear_compile.kernels import (  # noqa: E402
     triton_attention,
+    triton_kmeans,
     triton_permute,
     triton_probe,
     triton_route,
+    triton_splits,
 )
-from svg_ear_compile.kernels.triton_configs import config_for, hopper_for, probe_config_for  # noqa: E402
+from svg_ear_compile.kernels.triton_configs import (  # noqa: E402
+    assign_config_for,
+    config_for,
+    hopper_for,
+    probe_config_for,
+)
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 pytestmark = [
@@ -35,12 +42,16 @@ KILOBYTES = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12
 STREAMS = {"attend": (True, True), "sparse_exact": (True, False), "centroid_compensation": (False, True)}
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 OF_THE_INPUT = ("query", "exact", "out", "query_centroids", "key_centroids", "value_centroids")
-OF_THE_INPUT += ("value", "x", "y", "x_out", "y_out", "x_means", "y_means")
+OF_THE_INPUT += ("value", "x", "y", "x_out", "y_out", "x_means", "y_means", "high", "low")
 KEYS = {"key": "BLOCK_N", "value": "BLOCK_N", "key_centroids": "BLOCK_C", "value_centroids": "BLOCK_C"}
+KEYS |= {"high": "BLOCK_C", "low": "BLOCK_C"}
 FLOATS = ("bias", "lse", "error", "gap", "mass", "parts", "norms", "shift")
+FLOATS += ("start", "directions", "along", "half")
 LAUNCH = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
 OTHERS = {"density": "*fp64", "state": "*i64", "ties": "*i64", "areas": "*i64", "kept": "*i1"}
-NUMBERS = ("H", "L", "C", "Cq", "Ck", "tiles", "runs", "video_queries", "video_keys")
+OTHERS |= {"valid": "*i1", "labels": "*i16"}
+NUMBERS = ("H", "L", "N", "C", "Cq", "Ck", "tiles", "runs", "video_queries", "video_keys")
+NUMBERS += ("block", "segments")
 
 
 def compiled(kernel, capability, dtype, options, types=None, absent=(), source=None, box=None):
@@ -152,6 +163,41 @@ def test_gather(tmp_path, capability):
         options, absent = triton_permute.meta(128, pair), () if pair else ("y", "x_out", "y_out", "y_means")
         kernel = compiled(triton_permute.gather_kernel, capability, torch.bfloat16, options, None, absent)
         check(kernel, tmp_path, capability, torch.bfloat16)
+
+
+@pytest.mark.parametrize("capability", KILOBYTES, ids=str)
+def test_splits(tmp_path, capability):
+    for head_dim in (64, 96, 128, 256) if EVERYTHING else (128,):
+        for dtype in NAMES if EVERYTHING else (torch.bfloat16,):
+            kernels = [
+                (triton_splits.directions_kernel, triton_splits.directions_meta(head_dim, width))
+                for width in (64, 128, 256)
+            ]
+            kernels += [
+                (triton_splits.project_kernel, triton_splits.project_meta(head_dim, block))
+                for block in (64, 128)
+            ]
+            for kernel, options in kernels:
+                check(compiled(kernel, capability, dtype, options), tmp_path, capability, dtype)
+    for width in (128, 4000, 10**5):
+        options, types = triton_splits.partition_meta(width), {"out": "*i32"}
+        kernel = compiled(triton_splits.partition_kernel, capability, torch.bfloat16, options, types)
+        check(kernel, tmp_path, capability, None)
+
+
+@pytest.mark.parametrize("capability", KILOBYTES, ids=str)
+def test_kmeans(tmp_path, capability):
+    for head_dim in (64, 96, 128, 256) if EVERYTHING else (128,):
+        for dtype in NAMES if EVERYTHING else (torch.bfloat16,):
+            options = triton_kmeans.meta(assign_config_for(capability, head_dim, dtype), head_dim)
+            absent = ("low",) if dtype == torch.float32 else ()
+            for absent_too in ((*absent, "valid"), absent):
+                kernel = compiled(triton_kmeans.assign_kernel, capability, dtype, options, None, absent_too)
+                check(kernel, tmp_path, capability, dtype)
+    options, absent = triton_permute.meta(128, False), ("y", "x_out", "y_out", "y_means")
+    types = {"order": "*i64", "offsets": "*i64", "x_means": "*fp32"}
+    kernel = compiled(triton_permute.gather_kernel, capability, torch.bfloat16, options, types, absent)
+    check(kernel, tmp_path, capability, torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
