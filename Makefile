@@ -27,7 +27,7 @@ gpu:
 # Memory errors and races of the kernels on small shapes; compute-sanitizer comes with CUDA.
 sanitize:
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 $(PYTHON) tests/gpu/sanitize.py
-	compute-sanitizer --tool racecheck --error-exitcode 9 $(PYTHON) tests/gpu/sanitize.py
+	compute-sanitizer --tool racecheck --error-exitcode 9 $(PYTHON) tests/gpu/sanitize.py --plain
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
