@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint types gpu sanitize clean
+.PHONY: demo test lint types gpu sanitize quality clean
 
 demo: .venv/ready
 	$(BIN)/svg-ear demo $(ARGS)
@@ -23,6 +23,10 @@ types: .venv/ready
 # On a machine with a GPU, in an environment that has torch, triton and diffusers.
 gpu:
 	$(PYTHON) -m pytest -q tests/gpu $(ARGS)
+
+# The figures of docs/QUALITY.md, from weights to tables; an hour of a GPU, half of it training.
+quality:
+	PYTHON=$(PYTHON) benchmarks/reproduce_quality.sh
 
 # Memory errors and races of the kernels on small shapes; compute-sanitizer comes with CUDA.
 sanitize:

@@ -30,7 +30,7 @@ import functools
 import itertools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +207,7 @@ def measure(
     }  # fmt: skip
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -217,7 +217,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--flex", action="store_true", help="flex_attention too, dense and over our lists")
     parser.add_argument("--json", type=Path, help="writes the records, hardware and versions there")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     densities = [float(x) for x in arguments.densities.split(",")]
     records: list[dict[str, Any]] = []
     names = list(SHAPES) if arguments.shapes == "all" else arguments.shapes.split(",")

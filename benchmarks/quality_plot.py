@@ -1,76 +1,158 @@
-"""The picture and the table of docs/QUALITY.md, from the files that quality.py --json wrote.
+"""The picture and the tables of docs/QUALITY.md, from what quality.py, levels.py and attention.py wrote.
 
-    python benchmarks/quality_plot.py benchmarks/results/quality_h200_*.json docs/quality.png docs/QUALITY.md
+    python benchmarks/quality_plot.py --quality benchmarks/results/quality_*.json \
+        --levels benchmarks/results/levels_*.json --attention benchmarks/results/attention_presets_h200.json
+        --png docs/quality.png --page docs/QUALITY.md
 
-The table goes between the page's first two lines `<!-- measured -->`. The picture: one column a model; PSNR
-against the measured density above, against the time of a step (over that of a dense one) below.
+The first table and the comparison go between the page's two lines `<!-- measured -->`, the levels between its
+two lines `<!-- levels -->`. The picture: one column a model; PSNR against the measured density above, against
+the time of one attention call (quality_curves.py) below.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import math
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import levels
 import matplotlib
-from quality import RUNS, Row, table
+from quality import RUNS, Row
+from quality_curves import SHAPE, Spread, Times, curve, gain_at_equal_time, time_at_equal_quality
+from tabulate import tabulate
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-MARK = "<!-- measured -->"
+OURS, THEIRS = "default", ("svg_ear", "svg2")
 
 
-def picture(rows: Sequence[Row], path: Path) -> None:
+def table(rows: Sequence[Row], times: Times) -> str:
+    head = (
+        "model", "run", "density", "PSNR dB", "worst", "SSIM", "error", "ms a call", "of dense",
+        "clusters free",
+    )  # fmt: skip
+    cells = []
+    for r in rows:
+        call, free = times.of(r), times.of(r, free=True)
+        of_dense = None if call is None else call / times.dense
+        cells.append(
+            (
+                r.model, r.name, r.density, statistics.mean(r.psnr), min(r.psnr), statistics.mean(r.ssim),
+                r.error, call, of_dense, free,
+            )
+        )  # fmt: skip
+    formats = ("", "", ".3f", ".2f", ".2f", ".4f", ".4f", ".1f", ".2f", ".1f")
+    return tabulate(cells, head, tablefmt="github", floatfmt=formats, missingval="-")
+
+
+def comparison(rows: Sequence[Row], times: Times) -> str:
+    """The default against each paper, model by model: least / mean / most over what both curves cover."""
+    cells = []
+    for model in dict.fromkeys(row.model for row in rows):
+        for run in THEIRS:
+            for free in (False, True):
+                ours, theirs = (
+                    curve([r for r in rows if (r.model, r.name) == (model, name)], times, free)
+                    for name in (OURS, run)
+                )
+                cells.append(
+                    (
+                        model, run, "free" if free else "counted",
+                        _spread(gain_at_equal_time(ours, theirs), "+.1f"),
+                        _spread(time_at_equal_quality(ours, theirs), ".2f"),
+                    )
+                )  # fmt: skip
+    head = ("model", "against", "its clustering", "dB more at equal time", "times as fast at equal PSNR")
+    return tabulate(cells, head, tablefmt="github", disable_numparse=True)
+
+
+def _spread(found: Spread | None, how: str) -> str:
+    return "nothing in common" if found is None else " / ".join(format(x, how) for x in found)
+
+
+def picture(rows: Sequence[Row], times: Times, path: Path) -> None:
     names = list(dict.fromkeys(row.model for row in rows))
     figure, axes = plt.subplots(
-        2,
-        len(names),
-        figsize=(0.5 + 3.5 * len(names), 6),
-        sharey=True,
-        squeeze=False,
+        2, len(names), figsize=(0.5 + 3.5 * len(names), 6.5), sharey=True, squeeze=False,
         constrained_layout=True,
-    )
+    )  # fmt: skip
     for (above, below), model in zip(axes.T, names, strict=True):
-        dense = next(row.step_seconds for row in rows if row.model == model and row.name == "dense")
-        for run in RUNS:
+        for number, run in enumerate(RUNS):
             points = sorted((r for r in rows if (r.model, r.name) == (model, run)), key=lambda r: r.density)
             decibels = [statistics.mean(r.psnr) for r in points]
-            above.plot([r.density for r in points], decibels, "o-", label=run)
-            below.plot([r.step_seconds / dense for r in points], decibels, "o-", label=run)
+            color = f"C{number}"
+            above.plot([r.density for r in points], decibels, "o-", color=color, label=run)
+            below.plot(*_line(curve(points, times)), "o-", color=color)
+            if run in THEIRS:
+                free = _line(curve(points, times, free=True))
+                below.plot(*free, "o:", color=color, mfc="none", label=f"{run}, clusters free")
         above.set(title=model, xlabel="density")
-        below.set(xlabel="time of a step / dense step")
+        below.set(xlabel=f"ms of one attention call at {SHAPE}")
     for axis in axes.flat:
         axis.grid(alpha=0.3)
     for axis in axes[:, 0]:
         axis.set_ylabel("PSNR against the dense clip, dB")
-    axes[0, 0].legend(fontsize="small")
+        axis.legend(fontsize="small")
     figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    *sources, png, page = map(Path, sys.argv[1:] if argv is None else argv)
-    told = [json.loads(source.read_text()) for source in sources]
-    how = {f"{t['hardware']}, torch {t['torch']}: " + _settings(t["settings"]) for t in told}
-    rows = [
-        Row(**{**row, "psnr": [math.inf if p is None else p for p in row["psnr"]]})
-        for t in told
-        for row in t["rows"]
-    ]
-    picture(rows, png)
-    before, _, after = page.read_text().split(f"{MARK}\n", 2)
-    measured = "\n".join([*sorted(how), "", table(rows, "github")])
-    page.write_text(f"{before}{MARK}\n{measured}\n{MARK}\n{after}")
+def _line(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [time for time, _ in points], [psnr for _, psnr in points]
+
+
+def between(page: str, mark: str, text: str) -> str:
+    """The page with this text between its first two lines `mark`."""
+    before, _, after = page.split(f"{mark}\n", 2)
+    return f"{before}{mark}\n{text}\n{mark}\n{after}"
+
+
+def how(told: Sequence[dict[str, Any]]) -> str:
+    """On what all files were measured, one line for each that differs."""
+    lines = {f"{t['hardware']}, torch {t['torch']}: {_settings(t['settings'])}" for t in told}
+    return "  \n".join(sorted(lines))
 
 
 def _settings(settings: dict[str, Any]) -> str:
-    """All but what the table says."""
-    said = {name: value for name, value in settings.items() if name not in ("model", "density", "device")}
+    """All but what the tables say."""
+    said = {name: value for name, value in settings.items() if name not in ("model", "device")}
+    said["size"] = " x ".join(str(n) for n in said["size"])
     return ", ".join(f"{name} {value}" for name, value in said.items())
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quality", type=Path, nargs="+", required=True)
+    parser.add_argument("--levels", type=Path, nargs="*", default=[])
+    parser.add_argument("--attention", type=Path, required=True)
+    parser.add_argument("--png", type=Path, required=True)
+    parser.add_argument("--page", type=Path, required=True)
+    arguments = parser.parse_args(argv)
+    attention = _read([arguments.attention])[0]
+    times, told = Times(attention["records"]), _read(arguments.quality)
+    rows = [Row(**row) for t in told for row in t["rows"]]
+    picture(rows, times, arguments.png)
+    timed = f"Attention time: one call at {SHAPE}, {attention['run']['device']}, dense {times.dense:.1f} ms."
+    shown = f"![PSNR against density, and against the time of an attention call]({arguments.png.name})"
+    measured = "\n\n".join([how(told), timed, table(rows, times), comparison(rows, times), shown])
+    page = between(arguments.page.read_text(), "<!-- measured -->", measured)
+    if arguments.levels:
+        told = _read(arguments.levels)
+        steered = levels.table([row for t in told for row in levels.read(t)], times, "github")
+        for t in told:
+            del t["settings"]["steps"]  # a column of the table
+        page = between(page, "<!-- levels -->", f"{how(told)}\n\n{steered}")
+    arguments.page.write_text(page)
+
+
+def _read(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in paths]
 
 
 if __name__ == "__main__":

@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from benchmark import import_benchmark
 
 from svg_ear_compile.kernels import cluster, context
 from svg_ear_compile.settings import resolve
-
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
-
-def import_benchmark(name: str) -> ModuleType:
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(BENCHMARKS))
 
 
 def test_presets_are_what_a_user_would_set() -> None:

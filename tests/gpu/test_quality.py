@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import statistics
 from pathlib import Path
 
@@ -13,22 +13,15 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 ROOT = Path(__file__).parents[2]
 
 
-def test_a_quarter_of_the_attention_keeps_30_db() -> None:
-    """30 steps, the first 20% dense, density 0.25. Writes outputs/quality_tiny_wan.json.
-
-    A run's file is kept as benchmarks/results/quality_tiny_wan.json.
-    """
+def test_a_quarter_of_the_attention_keeps_30_db(monkeypatch: pytest.MonkeyPatch) -> None:
+    """30 steps, the first 20% dense, density 0.25. Writes outputs/quality_tiny_wan.json."""
     pytest.importorskip("diffusers")
-    spec = importlib.util.spec_from_file_location("benchmark_quality", ROOT / "benchmarks" / "quality.py")
-    assert spec is not None
-    assert spec.loader is not None
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
-
-    rows = benchmark.measure(steps=30, size=(16, 128, 128), density=0.25)
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    benchmark, tiny_clips = (importlib.import_module(name) for name in ("quality", "tiny_clips"))
+    clips = tiny_clips.Clips(clips=2)
+    rows = list(benchmark.measure(clips, (0.25,), ("default", "default, skipped blocks dropped")))
     print("\n" + benchmark.table(rows))
-    settings = {"steps": 30, "size": [16, 128, 128], "density": 0.25, "device": "cuda"}
-    benchmark.write(rows, ROOT / "outputs" / "quality_tiny_wan.json", settings)
+    benchmark.write(rows, ROOT / "outputs" / "quality_tiny_wan.json", clips.told())
     by_name = {row.name: row for row in rows}
     ours, dropped = by_name["default"], by_name["default, skipped blocks dropped"]
     assert abs(ours.density - 0.25) < 0.01

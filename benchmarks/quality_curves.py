@@ -1,0 +1,127 @@
+"""How do runs compare at equal attention time, and at equal quality?
+
+Tiny models give the quality of a run (quality.py), one attention call of Wan 14B at 720p its time
+(attention.py, for the same preset and density): linear between the measured densities, nothing beyond them.
+Time that clusters take is counted, or left out ("free"): the comparison should not hang on how fast one's
+k-means is.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from quality import Row
+
+SHAPE = "Wan 14B 720p"
+PRESET_OF = {
+    "default": "default",
+    "default, cubes only": "default",
+    "default, skipped blocks dropped": "dropped",
+    "svg_ear": "svg_ear",
+    "svg2": "svg2",
+}
+"""The preset of attention.py that takes a run's time. The default's heads in splits: see Times.of."""
+NEAR = 0.005
+"""A density so little beyond the measured ones counts as the last of them: blocks do not hit it exactly."""
+LOW, HIGH = 0.1, 0.3
+"""Densities that are compared."""
+
+
+class Times:
+    """Milliseconds of one attention call at Wan 14B 720p, from the records of attention.py.
+
+    Records whose outputs failed their check have no time.
+    """
+
+    def __init__(self, records: Sequence[dict[str, Any]]) -> None:
+        of_shape = [r for r in records if r["shape"] == SHAPE]
+        if not of_shape:
+            raise ValueError(f"no record of {SHAPE}: run attention.py --shapes wan")
+        self.dense: float = of_shape[0]["dense ms"]
+        self._points: dict[str, list[tuple[float, float, float]]] = {}
+        for r in of_shape:
+            if not isinstance(r["speed-up"], str):
+                point = (r["exact"], r["total ms"], r.get("without clustering ms", r["total ms"]))
+                self._points.setdefault(r.get("preset", "default"), []).append(point)
+        for points in self._points.values():
+            points.sort()
+
+    def call(self, preset: str, density: float, free: bool = False) -> float | None:
+        """Of a preset of attention.py at a measured density; None beyond what was measured."""
+        points = self._points.get(preset, [])
+        densities = [p[0] for p in points]
+        if not points or not densities[0] - NEAR <= density <= densities[-1] + NEAR:
+            return None
+        return float(np.interp(density, densities, [p[2 if free else 1] for p in points]))
+
+    def of(self, row: Row, free: bool = False) -> float | None:
+        """Of a run. Where some of its heads are in splits: cubes + their share x (splits - cubes)."""
+        time = self.call(PRESET_OF[row.name], row.density, free)
+        if time is None or not row.splits:
+            return time
+        splits = self.call("splits", row.density, free)
+        return None if splits is None else time + row.splits * (splits - time)
+
+    def line(self) -> tuple[float, float]:
+        """(ms at density 0, more ms for each unit of density) of the default, by least squares."""
+        densities, times, _ = zip(*self._points["default"], strict=True)
+        more, fixed = np.polyfit(densities, times, 1)
+        return float(fixed), float(more)
+
+
+class Spread(NamedTuple):
+    """Over the range that two curves share."""
+
+    least: float
+    mean: float
+    most: float
+
+
+Curve = Sequence[tuple[float, float]]
+"""(milliseconds, dB)"""
+
+
+def curve(rows: Sequence[Row], times: Times, free: bool = False) -> Curve:
+    """One run's points of densities LOW to HIGH whose time is known, by time."""
+    rows = [r for r in rows if LOW - NEAR <= r.asked <= HIGH + NEAR]
+    points = [(times.of(r, free), statistics.mean(r.psnr)) for r in rows]
+    return sorted((time, psnr) for time, psnr in points if time is not None)
+
+
+def gain_at_equal_time(ours: Curve, theirs: Curve) -> Spread | None:
+    """dB that ours is above theirs, where both have points; None if they share no time."""
+    return _over_common(0, ours, theirs, lambda a, b: a - b)
+
+
+def time_at_equal_quality(ours: Curve, theirs: Curve) -> Spread | None:
+    """theirs / ours of the times at the same PSNR: how many times as fast ours is; None if they share none.
+
+    The time to a quality is that of the first point of a curve that reaches it.
+    """
+    return _over_common(1, _rising(ours), _rising(theirs), lambda a, b: b / a)
+
+
+def _rising(points: Curve) -> Curve:
+    """Without the points that are no better than a faster one."""
+    kept: list[tuple[float, float]] = []
+    for time, psnr in points:
+        if not kept or psnr > kept[-1][1]:
+            kept.append((time, psnr))
+    return kept
+
+
+def _over_common(axis: int, ours: Curve, theirs: Curve, compare: Any) -> Spread | None:
+    """Interpolates along an axis (0: time, 1: dB) over the range that both cover."""
+    if len(ours) < 2 or len(theirs) < 2:
+        return None
+    low = max(min(p[axis] for p in c) for c in (ours, theirs))
+    high = min(max(p[axis] for p in c) for c in (ours, theirs))
+    if low > high:
+        return None
+    at = np.linspace(low, high, 201)
+    a, b = (np.interp(at, [p[axis] for p in c], [p[1 - axis] for p in c]) for c in (ours, theirs))
+    found = compare(a, b)
+    return Spread(float(found.min()), float(found.mean()), float(found.max()))
