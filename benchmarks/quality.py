@@ -24,7 +24,6 @@ from tiny_clips import Clips, add_arguments, clips_of
 from torch import Tensor
 
 from svg_ear_compile import quality, report
-from svg_ear_compile.reports import Report
 
 DENSE_STEPS = 0.2
 RUNS: dict[str, dict[str, Any]] = {
@@ -53,11 +52,6 @@ class Row(NamedTuple):
     splits: float
 
 
-def share_of_heads_in_splits(told: Report) -> float:
-    """Of the heads of sparse calls with order "auto". 0: the frame grid is known, so all are in cubes."""
-    return 0.0
-
-
 def measure(clips: Clips, densities: Sequence[float], runs: Sequence[str] = tuple(RUNS)) -> Iterator[Row]:
     """Samples densely and, at each density, by every run; a row as soon as it is known."""
     dense = list(clips.sampled("dense", None))
@@ -74,7 +68,7 @@ def _row(clips: Clips, name: str, asked: float, dense: list[Tensor], options: di
         ssim.append(quality.ssim(reference, clip))
         told = report()
         errors += [call.error for call in told.errors() if call.error is not None]
-        shares.append(share_of_heads_in_splits(told))
+        shares.append(told.totals()["split_share"])
     density = told.totals()["measured_density"]
     return Row(
         clips.model, name, asked, density, psnr, ssim, statistics.median(errors), statistics.mean(shares)

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from quality import Row
 
+from svg_ear_compile.control import RESPLIT
+
 SHAPE = "Wan 14B 720p"
 PRESET_OF = {
     "default": "default",
@@ -58,12 +60,15 @@ class Times:
         return float(np.interp(density, densities, [p[2 if free else 1] for p in points]))
 
     def of(self, row: Row, free: bool = False) -> float | None:
-        """Of a run. Where some of its heads are in splits: cubes + their share x (splits - cubes)."""
+        """Of a run. Where some of its heads are in splits: cubes + their share x (splits - cubes), with
+        splits that are made in one call of RESPLIT, as they are."""
         time = self.call(PRESET_OF[row.name], row.density, free)
         if time is None or not row.splits:
             return time
-        splits = self.call("splits", row.density, free)
-        return None if splits is None else time + row.splits * (splits - time)
+        anew, again = (self.call("splits", row.density, x) for x in (free, True))
+        if anew is None or again is None:
+            return None
+        return time + row.splits * (again + (anew - again) / RESPLIT - time)
 
     def line(self) -> tuple[float, float]:
         """(ms at density 0, more ms for each unit of density) of the default, by least squares."""

@@ -14,6 +14,7 @@ import pytest
 import torch
 from benchmark import BENCHMARKS, import_benchmark
 
+from svg_ear_compile.control import RESPLIT
 from svg_ear_compile.settings import resolve
 
 pytest.importorskip("diffusers")
@@ -144,7 +145,7 @@ def test_the_time_of_a_call_is_linear_between_measured_densities() -> None:
     assert times.call("default", 0.35) is None
     assert times.call("kmeans", 0.2) is None
     assert times.line() == pytest.approx((10, 200))
-    assert times.of(row("default", 0.2, 30, splits=0.25)) == pytest.approx(50 + 0.25 * 8)
+    assert times.of(row("default", 0.2, 30, splits=0.25)) == pytest.approx(50 + 0.25 * (1 + 7 / RESPLIT))
     assert times.of(row("default", 0.2, 30, splits=0.25), free=True) == pytest.approx(50 + 0.25 * 1)
     assert times.of(row("default, cubes only", 0.2, 30)) == pytest.approx(50)
     assert times.of(row("default, skipped blocks dropped", 0.2, 30)) == pytest.approx(48)
