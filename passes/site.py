@@ -40,7 +40,8 @@ class Reason(Enum):
     RANK = ("query, key and value are not [batch, heads, tokens, head_dim]", "")
     FORCED_BACKEND = (
         "the script forces an SDPA backend around it",
-        "remove torch.nn.attention.sdpa_kernel, or the attention backend set on the model",
+        "remove torch.nn.attention.sdpa_kernel; where diffusers put it there, call "
+        'model.set_attention_backend("native")',
     )
     UNKNOWN_SHAPE = ("its shapes are not known at compile time", "")
     UNKNOWN_TOKENS = (

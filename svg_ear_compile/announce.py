@@ -60,8 +60,9 @@ def complaint(record: GraphRecord) -> str | None:
     if not record.sites and record.other_attention:
         return (
             "svg_ear found no scaled_dot_product_attention call to rewrite, but "
-            f"{', '.join(record.other_attention)}. If the model was set to another attention backend: "
-            "in diffusers, call model.reset_attention_backend()"
+            f"{', '.join(record.other_attention)}. If the model was set to another attention backend: in "
+            'diffusers, call model.set_attention_backend("native"); reset_attention_backend() leaves the '
+            "other one in place for all models"
         )
     missed = [
         site

@@ -199,7 +199,7 @@ def test_what_is_worth_a_complaint(record: GraphRecord, expected: str | None) ->
 def test_another_attention_backend_is_named() -> None:
     record = graph()
     record.other_attention = ["flex_attention"]
-    assert "reset_attention_backend()" in (announce.complaint(record) or "")
+    assert 'set_attention_backend("native")' in (announce.complaint(record) or "")
 
 
 def test_switched_on_by_the_environment_it_is_one_line(

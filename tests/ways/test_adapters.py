@@ -1,4 +1,4 @@
-"""What diffusers does to a transformer's layers: LoRA, fused projections, offloading."""
+"""What diffusers does to a transformer's layers: LoRA, fused projections, offloading, other attention."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models import attention_dispatch
 from torch import Tensor
 from toy import calls, compiled
 from ways.wan import DENSITY_1, LAYERS, ROUNDING, arguments, blockwise, error, wan
@@ -128,3 +129,32 @@ def test_int8_weights() -> None:
     expected = model(**arguments())[0]
     assert error(compiled(model, FIRST_DENSE)(**arguments())[0], expected) < ROUNDING
     assert calls() == (1, {"dense layers": 1})
+
+
+@pytest.fixture
+def backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend set on one model becomes the default of all: put back afterwards."""
+    registry = attention_dispatch._AttentionBackendRegistry
+    monkeypatch.setattr(registry, "_active_backend", registry._active_backend)
+
+
+@pytest.mark.usefixtures("backends")
+@pytest.mark.parametrize("backend", ["native", "flex"])
+def test_attention_backends_that_are_plain_attention(backend: str) -> None:
+    expected, model = wan()(**arguments())[0], wan()
+    model.set_attention_backend(backend)
+    assert error(compiled(model, FIRST_DENSE)(**arguments())[0], expected) < ROUNDING
+    assert calls() == (1, {"dense layers": 1})
+
+
+@pytest.mark.usefixtures("backends")
+def test_another_attention_backend_is_dense_and_the_hint_helps() -> None:
+    expected, model = wan()(**arguments())[0], wan()
+    model.set_attention_backend("_native_math")
+    run = compiled(model, DENSITY_1)
+    assert error(run(**arguments())[0], expected) < ROUNDING
+    assert calls() == (0, {})
+    assert 'model.set_attention_backend("native")' in str(svg_ear_compile.report())
+    model.set_attention_backend("native")
+    assert error(run(**arguments())[0], expected) < ROUNDING
+    assert calls() == (LAYERS, {})
