@@ -24,11 +24,6 @@ def bytes_per_token(head_dim: int) -> int:
     return 8 * head_dim
 
 
-def start_direction(head_dim: int, device: torch.device) -> Tensor:
-    """Where power iterations start [D] float32: no data is orthogonal to it on purpose."""
-    return torch.cos(torch.arange(head_dim, device=device, dtype=torch.float32) ** 2 + 1)
-
-
 def edges(n: int, block: int, segments: int, device: torch.device) -> Tensor:
     """Where the segments of n slots start, and the last one ends: [segments + 1] int64."""
     tiles = -(-n // block)
@@ -42,11 +37,11 @@ def longest(n: int, block: int, segments: int) -> int:
     return -(-tiles // segments) * block
 
 
-def directions(x: Tensor, order: Tensor, live: Tensor, block: int, segments: int) -> Tensor:
+def directions(x: Tensor, order: Tensor, live: Tensor, start: Tensor, block: int, segments: int) -> Tensor:
     """First principal direction of each segment, roughly: [G,segments,D] float32.
 
-    Power iterations v <- X^T (X v - mean), each followed by v <- v / |v|; the mean is taken of X v, so X is
-    never centred in memory. X are the live tokens of the segment, at most SAMPLE of them.
+    Power iterations v <- X^T (X v - mean), each followed by v <- v / |v|, from start [D] float32; the mean is
+    taken of X v, so X is never centred in memory. X are the segment's live tokens, at most SAMPLE of them.
     """
     G, N, D = x.shape
     ends = edges(N, block, segments, x.device).clamp(max=live)
@@ -58,7 +53,7 @@ def directions(x: Tensor, order: Tensor, live: Tensor, block: int, segments: int
     head = torch.arange(G, device=x.device).view(G, 1, 1)
     rows = x[head, order[:, slots.clamp(max=N - 1)]].float()
     rows = torch.where(weight[..., None] > 0, rows, 0)
-    direction = start_direction(D, x.device).expand(G, segments, D)
+    direction = start.expand(G, segments, D)
     for _ in range(ITERATIONS):
         along = (rows @ direction[..., None]).squeeze(-1)
         along = (along - (along * weight).sum(-1, keepdim=True) / count) * weight

@@ -28,13 +28,15 @@ def splits(x: Tensor, valid: Tensor | None, block: int) -> Tensor:
     order = torch.empty((B, H, N), dtype=torch.int64, device=x.device)
     steps, tiles = kernels_for(x).splits, -(-N // block)
     step = max(1, _CHUNK_BYTES // (N * steps.bytes_per_token(D)))
+    # Where power iterations start: no data is orthogonal to it on purpose.
+    start = torch.cos(torch.arange(D, device=x.device, dtype=torch.float32) ** 2 + 1)
     for b in range(B):
         tokens, live = _valid_first(None if valid is None else valid[b], N, x.device)
         for h in range(0, H, step):
             part = x[b, h : h + step]
             slots = tokens.expand(len(part), -1).contiguous()
             for level in range((tiles - 1).bit_length()):
-                directions = steps.directions(part, slots, live, block, 2**level)
+                directions = steps.directions(part, slots, live, start, block, 2**level)
                 along = steps.project(part, slots, live, directions, block)
                 slots = steps.partition(along, slots, block, 2**level)
             order[b, h : h + step] = slots

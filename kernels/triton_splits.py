@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .split_steps import ITERATIONS, SAMPLE, SMALLEST_NORM, longest, start_direction
+from .split_steps import ITERATIONS, SAMPLE, SMALLEST_NORM, longest
 from .triton_tiles import ordered_bits
 
 _LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
@@ -137,13 +137,13 @@ def partition_kernel(along, order, out, N, tiles, block, segments, TILE: tl.cons
         through += tl.sum(left, 0)
 
 
-def directions(x: Tensor, order: Tensor, live: Tensor, block: int, segments: int) -> Tensor:
+def directions(x: Tensor, order: Tensor, live: Tensor, start: Tensor, block: int, segments: int) -> Tensor:
     """[G,segments,D] float32."""
     G, N, D = x.shape
     x = _readable(x)
     out = torch.empty((G, segments, D), dtype=torch.float32, device=x.device)
     directions_kernel[(segments, G)](
-        x, order, live, start_direction(D, x.device), out, N, triton.cdiv(N, block), block, segments,
+        x, order, live, start, out, N, triton.cdiv(N, block), block, segments,
         *x.stride()[:2], **directions_meta(D, longest(N, block, segments)),
     )  # fmt: skip
     return out

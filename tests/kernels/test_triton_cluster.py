@@ -43,6 +43,10 @@ def random_orders(heads: int, length: int) -> Tensor:
     return torch.stack([torch.randperm(length, generator=g) for _ in range(heads)]).int()
 
 
+def start(head_dim: int) -> Tensor:
+    return torch.linspace(-1, 1.5, head_dim)
+
+
 def number(n: int) -> Tensor:
     return torch.tensor([n], dtype=torch.int32)
 
@@ -58,8 +62,8 @@ if INTERPRETED:
         x[:, order[0, live:].long()] = math.nan  # masked, in head 0 at least
         for segments in (1, 2, 8):
             arguments = x[:1], order[:1], number(live)
-            expected = split_steps.directions(*arguments, block, segments)
-            actual = triton_splits.directions(*arguments, block, segments)
+            expected = split_steps.directions(*arguments, start(head_dim), block, segments)
+            actual = triton_splits.directions(*arguments, start(head_dim), block, segments)
             assert expected.isfinite().all()
             torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
             along = triton_splits.project(*arguments, expected, block)
@@ -72,10 +76,10 @@ if INTERPRETED:
     def test_coordinates_of_not_numbers_are_numbers(bad):
         x, order, live = heads(2, 300, 16), random_orders(2, 300), number(300)
         x[1, 7, 3] = bad
-        found = triton_splits.directions(x, order, live, 64, 2)
+        found = triton_splits.directions(x, order, live, start(16), 64, 2)
         along = triton_splits.project(x, order, live, found, 64)
         assert along.isfinite().all()
-        clean = split_steps.directions(x[:1], order[:1], live, 64, 2)
+        clean = split_steps.directions(x[:1], order[:1], live, start(16), 64, 2)
         torch.testing.assert_close(found[:1], clean, atol=1e-5, rtol=0)
 
     @pytest.mark.parametrize("values", ["floats", "ties", "equal", "zeros", "masked"])
