@@ -37,27 +37,33 @@ CASES: tuple[tuple[str, str, int, torch.dtype], ...] = (
 
 
 @gluon.jit
-def _fill(out, first, value):
-    gl.store(out + first + gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0])), value)
-
-
-@gluon.jit
-def _fill_one(out, first, value):
-    gl.store(out + first + gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0])), value)
+def _fill(out, first, value, COUNT: gl.constexpr):
+    """Numbers change threads on their way, which takes shared memory and barriers of the group's own."""
+    warps: gl.constexpr = COUNT // 32
+    there: gl.constexpr = gl.BlockedLayout([4], [32], [warps], [0])
+    here: gl.constexpr = gl.BlockedLayout([1], [32], [warps], [0])
+    for i in range(3):
+        numbers = gl.convert_layout(gl.arange(0, 4 * COUNT, there), here)
+        gl.store(out + first + gl.convert_layout(numbers, there), value + i)
 
 
 @gluon.jit
 def control_kernel(out, value):
+    out += gl.program_id(0) * 1152
     gl.warp_specialize(
-        [(_fill, (out, 0, value)), (_fill, (out, 128, value)), (_fill_one, (out, 256, value))],
+        [
+            (_fill, (out, 0, value, gl.constexpr(128))),
+            (_fill, (out, 512, value, gl.constexpr(128))),
+            (_fill, (out, 1024, value, gl.constexpr(32))),
+        ],
         [4, 1],
         [240, 24],
     )
 
 
 def control() -> None:
-    out = torch.zeros(288, device="cuda", dtype=torch.int32)
-    control_kernel[(1,)](out, 7, num_warps=4, maxnreg=168)
+    out = torch.zeros(64 * 1152, device="cuda", dtype=torch.int32)
+    control_kernel[(64,)](out, 5, num_warps=4, maxnreg=168)
     if not (out == 7).all():
         raise SystemExit("the output is wrong")
 
