@@ -17,9 +17,9 @@ from svg_ear_compile.passes import classify, match
 pytestmark = pytest.mark.usefixtures("fresh")
 LENIENT = {**EAGER, "strict": False}
 STAGES = [
-    (backend, "expand"), (backend, "match"), (backend, "classify"), (classify, "read_layout"),
-    (classify, "read_mask"), (classify, "trace_axes"), (backend, "read_inputs"), (backend, "rewrite"),
-    (backend, "merge"),
+    (backend, "expand"), (backend, "match"), (backend, "left_over"), (backend, "classify"),
+    (classify, "read_layout"), (classify, "read_mask"), (classify, "trace_axes"), (backend, "read_inputs"),
+    (backend, "rewrite"), (backend, "merge"),
 ]  # fmt: skip
 NAMED = ["read_inputs", "rewrite", "merge"]
 """Stages that know which sites are to be rewritten."""
