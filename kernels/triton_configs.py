@@ -70,7 +70,7 @@ def assign_config_for(capability: tuple[int, int], head_dim: int, dtype: torch.d
     if capability == (0, 0):
         return Config(64, 0, 16, 4, 1, 1)
     if dtype == torch.float32:
-        return Config(64, 0, 32, 4, 1, 1)
+        return Config(64 if head_dim <= 128 else 32, 0, 32, 4, 1, 1)
     tma = capability[0] in (9, 10)
     if head_dim > 128:
         return Config(64, 0, 64, 4, 2, 2, tma=tma)

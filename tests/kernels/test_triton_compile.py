@@ -167,7 +167,7 @@ def test_gather(tmp_path, capability):
 
 @pytest.mark.parametrize("capability", KILOBYTES, ids=str)
 def test_splits(tmp_path, capability):
-    for head_dim in (64, 96, 128, 256) if EVERYTHING else (128,):
+    for head_dim in (64, 96, 128) if EVERYTHING else (128,):  # directions of larger ones spill: not fast
         for dtype in NAMES if EVERYTHING else (torch.bfloat16,):
             kernels = [
                 (triton_splits.directions_kernel, triton_splits.directions_meta(head_dim, width))
