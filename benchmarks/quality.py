@@ -13,6 +13,7 @@ to exact attention of the same inputs. Nothing is timed: at these sizes a call i
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 from collections.abc import Iterator, Sequence
@@ -52,13 +53,20 @@ class Row(NamedTuple):
     splits: float
 
 
-def measure(clips: Clips, densities: Sequence[float], runs: Sequence[str] = tuple(RUNS)) -> Iterator[Row]:
-    """Samples densely and, at each density, by every run; a row as soon as it is known."""
+def measure(
+    clips: Clips,
+    densities: Sequence[float],
+    runs: Sequence[str] = tuple(RUNS),
+    denser: Sequence[float] = (),
+) -> Iterator[Row]:
+    """Samples densely and, at each density, by every run; a row as soon as it is known.
+
+    denser: densities of the first run alone, for comparisons with slower ones at equal time.
+    """
     dense = list(clips.sampled("dense", None))
-    for asked in densities:
-        for name in runs:
-            options = {"dense_steps": DENSE_STEPS, "density": asked, **RUNS[name]}
-            yield _row(clips, name, asked, dense, options)
+    for asked, name in [*itertools.product(densities, runs), *((asked, runs[0]) for asked in denser)]:
+        options = {"dense_steps": DENSE_STEPS, "density": asked, **RUNS[name]}
+        yield _row(clips, name, asked, dense, options)
 
 
 def _row(clips: Clips, name: str, asked: float, dense: list[Tensor], options: dict[str, Any]) -> Row:
@@ -96,9 +104,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--density", type=lambda text: tuple(map(float, text.split(","))), default=(0.3, 0.2, 0.15, 0.1)
-    )
+    numbers = {"type": lambda text: tuple(map(float, text.split(",")))}
+    parser.add_argument("--density", default=(0.3, 0.2, 0.15, 0.1), **numbers)
+    parser.add_argument("--denser", default=(0.45, 0.6), **numbers, help="densities of the first run alone")
     parser.add_argument(
         "--runs", type=lambda text: text.split(";"), default=list(RUNS), help="separated by ;"
     )
@@ -106,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_arguments(parser)
     arguments = parser.parse_args(argv)
     clips, rows = clips_of(arguments), []
-    for row in measure(clips, arguments.density, arguments.runs):
+    for row in measure(clips, arguments.density, arguments.runs, arguments.denser):
         rows.append(row)
         if arguments.json is not None:  # a run that is cut short has not been in vain
             write(rows, arguments.json, clips.told())

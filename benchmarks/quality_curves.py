@@ -29,7 +29,7 @@ PRESET_OF = {
 NEAR = 0.005
 """A density so little beyond the measured ones counts as the last of them: blocks do not hit it exactly."""
 LOW, HIGH = 0.1, 0.3
-"""Densities that are compared."""
+"""Densities of the papers that are compared: with ours at the same time, whatever its density."""
 
 
 class Times:
@@ -90,10 +90,14 @@ Curve = Sequence[tuple[float, float]]
 
 
 def curve(rows: Sequence[Row], times: Times, free: bool = False) -> Curve:
-    """One run's points of densities LOW to HIGH whose time is known, by time."""
-    rows = [r for r in rows if LOW - NEAR <= r.asked <= HIGH + NEAR]
+    """One run's points whose time is known, by time."""
     points = [(times.of(r, free), statistics.mean(r.psnr)) for r in rows]
     return sorted((time, psnr) for time, psnr in points if time is not None)
+
+
+def compared(rows: Sequence[Row]) -> list[Row]:
+    """Those of densities LOW to HIGH."""
+    return [r for r in rows if LOW - NEAR <= r.asked <= HIGH + NEAR]
 
 
 def gain_at_equal_time(ours: Curve, theirs: Curve) -> Spread | None:

@@ -21,7 +21,7 @@ from typing import Any
 import levels
 import matplotlib
 from quality import RUNS, Row
-from quality_curves import SHAPE, Spread, Times, curve, gain_at_equal_time, time_at_equal_quality
+from quality_curves import SHAPE, Spread, Times, compared, curve, gain_at_equal_time, time_at_equal_quality
 from tabulate import tabulate
 
 matplotlib.use("Agg")
@@ -55,10 +55,8 @@ def comparison(rows: Sequence[Row], times: Times) -> str:
     for model in dict.fromkeys(row.model for row in rows):
         for run in THEIRS:
             for free in (False, True):
-                ours, theirs = (
-                    curve([r for r in rows if (r.model, r.name) == (model, name)], times, free)
-                    for name in (OURS, run)
-                )
+                of = {name: [r for r in rows if (r.model, r.name) == (model, name)] for name in (OURS, run)}
+                ours, theirs = (curve(x, times, free) for x in (of[OURS], compared(of[run])))
                 cells.append(
                     (
                         model, run, "free" if free else "counted",

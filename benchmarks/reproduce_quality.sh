@@ -24,7 +24,7 @@ for model in wan hunyuan cogvideox; do
     "$PYTHON" benchmarks/error_budget.py "${options[@]}" --json "$RESULTS/error_budget_$model.json"
 done
 "$PYTHON" benchmarks/attention.py --shapes wan --presets default,dropped,splits,svg_ear,svg2 \
-    --densities .3,.2,.15,.1 --json "$RESULTS/attention_presets.json"
+    --densities .6,.3,.2,.1 --json "$RESULTS/attention_presets.json"
 "$PYTHON" benchmarks/quality_plot.py --quality "$RESULTS"/quality_{wan,hunyuan,cogvideox}.json \
     --levels "$RESULTS"/levels_{wan,hunyuan,cogvideox}.json --attention "$RESULTS/attention_presets.json" \
     --png docs/quality.png --page docs/QUALITY.md

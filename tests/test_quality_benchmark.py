@@ -184,10 +184,10 @@ def test_time_at_equal_quality() -> None:
     assert curves.time_at_equal_quality(ours, [(60.0, 35.0), (90.0, 38.0)]) is None
 
 
-def test_only_densities_from_10_to_30_percent_are_compared() -> None:
+def test_their_densities_from_10_to_30_percent_are_compared() -> None:
     curves = import_benchmark("quality_curves")
     rows = [row("svg_ear", d, 100 * d) for d in (0.5, 0.3, 0.2, 0.1, 0.05)]
-    assert curves.curve(rows, curves.Times(records())) == [
+    assert curves.curve(curves.compared(rows), curves.Times(records())) == [
         (pytest.approx(60), 10), (pytest.approx(80), 20), (pytest.approx(100), 30),
     ]  # fmt: skip
 
