@@ -39,8 +39,8 @@ LAG = 2
 TRIAL = (0.15, 0.45)
 ORDERS = ("cubes", "splits")
 WORTH = 0.85
-"""Making their orders once in RESPLIT calls takes a tenth of the time of a call (H200, 720p); an error that is so
-much smaller saves more than that."""
+"""Making orders once in RESPLIT calls takes a tenth of a call's time (H200, 720p): an error that is so much
+smaller saves more than that."""
 RESPLIT = 8
 FIRST_DENSITY = 0.4
 FIRST_CALLS = 4
