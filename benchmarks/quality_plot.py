@@ -57,11 +57,12 @@ def comparison(rows: Sequence[Row], times: Times) -> str:
             for free in (False, True):
                 of = {name: [r for r in rows if (r.model, r.name) == (model, name)] for name in (OURS, run)}
                 ours, theirs = (curve(x, times, free) for x in (of[OURS], compared(of[run])))
+                known = len(ours) > 1 and len(theirs) > 1
                 cells.append(
                     (
                         model, run, "free" if free else "counted",
-                        _spread(gain_at_equal_time(ours, theirs), "+.1f"),
-                        _spread(time_at_equal_quality(ours, theirs), ".2f"),
+                        _spread(gain_at_equal_time(ours, theirs), "+.1f") if known else "-",
+                        _spread(time_at_equal_quality(ours, theirs), ".2f") if known else "-",
                     )
                 )  # fmt: skip
     head = ("model", "against", "its clustering", "dB more at equal time", "times as fast at equal PSNR")
@@ -134,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     attention = _read([arguments.attention])[0]
     times, told = Times(attention["records"]), _read(arguments.quality)
-    rows = [Row(**row) for t in told for row in t["rows"]]
+    rows = [Row(**row) for t in told for row in sorted(t["rows"], key=_place)]
     picture(rows, times, arguments.png)
     timed = f"Attention time: one call at {SHAPE}, {attention['run']['device']}, dense {times.dense:.1f} ms."
     shown = f"![PSNR against density, and against the time of an attention call]({arguments.png.name})"
@@ -147,6 +148,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             del t["settings"]["steps"]  # a column of the table
         page = between(page, "<!-- levels -->", f"{how(told)}\n\n{steered}")
     arguments.page.write_text(page)
+
+
+def _place(row: dict[str, Any]) -> tuple[float, int]:
+    """In the table of a model: the largest density first, then as in RUNS."""
+    return -row["asked"], list(RUNS).index(row["name"])
 
 
 def _read(paths: Sequence[Path]) -> list[dict[str, Any]]:
