@@ -13,7 +13,8 @@ class SiteConstants(NamedTuple):
 
     scale: of the logits, 1/sqrt(head_dim) when None. num_text: text tokens of the sequence, first or last
     in it. grid: (frames, height, width) of the video tokens, or empty. order: how video tokens are put into
-    blocks, "auto" (cubes where a grid is known, else splits), "cubes", "splits", "kmeans". routing: which
+    blocks, "auto" (splits where no grid is known, else cubes but for the
+    heads that the context names), "cubes", "splits", "kmeans". routing: which
     blocks are exact, "output_error" (one budget for a batch element), "svg_ear" or "mass" (the papers).
     compensate: whether centroids stand for skipped blocks. density: exact video query-key pairs over all of
     them, where the call's context says nothing else; None: as the routing finds. site: the number of the site
