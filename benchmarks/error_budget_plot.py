@@ -35,7 +35,7 @@ def table(rows: Mapping[str, Sequence[Row]]) -> str:
         shares = [
             statistics.mean(low <= r <= high for r in found) for low, high in ((1 / 1.5, 1.5), (0, 1.5))
         ]
-        above = statistics.mean(r > 3 for r in found)
+        above = sum(r > 3 for r in found) / len(found)
         targets = ", ".join(f"{row.target:g}" for row in steered)
         cells.append((model, targets, len(found), *shares, above, max(found)))
     formats = ("", "", "", ".1%", ".1%", ".1%", ".2f")
