@@ -210,8 +210,8 @@ class Settings:
     )
     order: str = _setting(
         "auto", _choice("auto", "cubes", "splits", "kmeans"), "auto, cubes, splits or kmeans",
-        "how video tokens are put into blocks; auto: splits where no frame grid is known, else cubes, and splits "
-        "for the heads whose measured error is then clearly smaller",
+        "how video tokens are put into blocks; auto: splits where no frame grid is known, else cubes, and "
+        "splits for the heads whose measured error is then clearly smaller",
     )  # fmt: skip
     report: bool | str = _setting(
         False, _report, "0, 1, or a path that ends in .json",
