@@ -64,7 +64,7 @@ def measure(
     denser: densities of the first run alone, for comparisons with slower ones at equal time.
     """
     dense = list(clips.sampled("dense", None))
-    for asked, name in [*itertools.product(densities, runs), *((asked, runs[0]) for asked in denser)]:
+    for asked, name in [*((asked, runs[0]) for asked in denser), *itertools.product(densities, runs)]:
         options = {"dense_steps": DENSE_STEPS, "density": asked, **RUNS[name]}
         yield _row(clips, name, asked, dense, options)
 
