@@ -83,19 +83,21 @@ def _density() -> float:
     return (computed + dense) / (sparse + dense)
 
 
-def settled(row: Row) -> list[CallError]:
-    """Without the first two sparse steps of each layer and branch."""
-    found = []
-    for calls in row.calls:
-        for key in {(c.graph, c.model, c.layer, c.site, c.branch) for c in calls}:
-            own = [c for c in calls if (c.graph, c.model, c.layer, c.site, c.branch) == key]
-            found += sorted(own, key=lambda c: c.step)[MIN_STEPS:]
-    return found
+def first_and_later(calls: Sequence[CallError]) -> tuple[list[CallError], list[CallError]]:
+    """The sparse calls of one clip: those of the first two sparse steps of each layer and branch; the others."""
+    layers: dict[tuple[int, ...], list[CallError]] = {}
+    for c in sorted(calls, key=lambda c: c.step):
+        layers.setdefault((c.graph, c.model, c.layer, c.site, c.branch), []).append(c)
+    first, later = ([c for own in layers.values() for c in own[part]]
+                    for part in (slice(MIN_STEPS), slice(MIN_STEPS, None)))  # fmt: skip
+    return first, later
 
 
 def ratios(row: Row) -> list[float]:
-    """True error over target of the settled calls of a steered run."""
-    return [(c.true_error or 0.0) / row.target for c in settled(row)] if row.target else []
+    """True error over target of the later calls of a steered run."""
+    if row.target is None:
+        return []
+    return [(c.true_error or 0.0) / row.target for calls in row.calls for c in first_and_later(calls)[1]]
 
 
 def table(rows: Sequence[Row]) -> str:

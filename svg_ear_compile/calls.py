@@ -145,7 +145,7 @@ class SparseCallable:
             elif is_dense:
                 decision = Decision(f"layer {layer.number} is dense", "dense layers")
             else:
-                decision = control.decide(tick.step, frozen)
+                decision = control.decide(tick.step, frozen, num_steps)
             visits.append(_Visit(site, layer, control, tick, stamp, decision, frozen))
             record.controls[site, layer.model.number, layer.number, tick.branch] = control
             self._lay_out(call, visits[-1])

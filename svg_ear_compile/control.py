@@ -8,7 +8,7 @@ never depends on how fast anything was.
 
 - Two steps before the first sparse one, while the call is dense anyhow, the layer tries TRIAL densities on
   the sampled rows. From their errors follow the density to begin with, and how fast the error falls with it.
-  Without such a step it begins with the cautious FIRST_DENSITY.
+  Without such a step, or before it can be read, it begins with the cautious FIRST_DENSITY.
 - Where the frame grid is known, it tries each density in both ORDERS. A head whose error is smaller by WORTH
   with splits than with cubes goes by splits in this generation. Their orders are made in one sparse call of
   RESPLIT, and used again in the others: tokens hardly move against each other from step to step.
@@ -16,6 +16,9 @@ never depends on how fast anything was.
   of density. Near d the error is taken to fall as d^-slope: to get to AIM of the target needs
   d (error / (AIM target))^(1 / slope). Most of the way there is gone in one decision, upwards more of it than
   downwards; differences within HYSTERESIS are left alone.
+- Where steps are few (schedule.FEW_STEPS) errors change more from one to the next. There each sparse call is
+  measured; as long as nothing can be read, a smaller target than FIRST_TARGET begins denser, or dense; and in
+  the second half, where errors grow fastest, the density has up to LATE to spare.
 - Where more than max_density is needed, sparsity would not pay: the layer goes dense, and tries again, as
   above, every so often.
 - The guard: an error beyond max_error, at the density that was thought right, makes the layer dense for the
@@ -33,6 +36,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .schedule import DEFAULT_NUM_STEPS, FEW_STEPS
 from .settings import Settings
 
 LAG = 2
@@ -43,6 +47,9 @@ WORTH = 0.85
 smaller saves more than that."""
 RESPLIT = 8
 FIRST_DENSITY = 0.4
+FIRST_TARGET, FIRST_SLOPE = 0.08, 2.0
+"""Errors at FIRST_DENSITY are up to 3 to 4 times FIRST_TARGET in the first two calls of the tiny HunyuanVideo, up
+to 1.5 times in the other two models; beyond that density the median slope is 2.1 to 3.2."""
 FIRST_CALLS = 4
 """So many sparse calls are measured whatever measure_every is: later ones differ less from those before."""
 AIM = 0.85
@@ -54,6 +61,9 @@ SLOPE, SLOPES = 1.0, (0.5, 3.0)
 UP, DOWN = 0.9, 0.6
 HALF = 0.5
 """In one decision the density goes down to this share at most: below, the error may be any."""
+LATE = 0.6
+"""Share of the density to spare at the end of few steps: in the last two of them errors of some layers grow 5 to
+9 times, before that mostly less than twice (three tiny models, 4 and 8 steps, density 0.45)."""
 HYSTERESIS = 0.1
 """Smaller relative changes of density are not made; nor is a layer dense that needs so little more."""
 NEWS = 0.3
@@ -162,11 +172,15 @@ class Control:
     """A density at which the error was beyond max_error is not used again."""
     split_heads: tuple[bool, ...] = ()
     """Which heads go by splits although the grid is known; (): none."""
+    steered: bool = False
+    """Whether the density, or that the layer is dense, follows from something measured."""
     steps: deque[Step] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
     _unread: deque[Step] = field(default_factory=deque)
     _last: Step | None = None
     """The last that measured."""
     _sparse_calls: int = 0
+    _spare: float = 1.0
+    """The density that is taken to be needed, over the one that was found."""
 
     def __post_init__(self) -> None:
         s = self.settings
@@ -177,10 +191,14 @@ class Control:
         decision = Decision(f"step {step + 1} of {first} dense warm-up steps", "warm-up steps")
         return self._trial(decision) if tries and step == max(first - LAG, 0) else decision
 
-    def decide(self, step: int, frozen: bool = False) -> Decision:
+    def decide(self, step: int, frozen: bool = False, num_steps: int = DEFAULT_NUM_STEPS) -> Decision:
         """What to do at a step behind the warm-up. frozen: nothing can be read or measured just now."""
+        few = num_steps <= FEW_STEPS and self.settings.target_error is not None
+        self._spare = 1 + LATE * min(max(2 * step / num_steps - 1, 0.0), 1.0) if few else 1.0
         while not frozen and self._unread and self._unread[0].step <= step - LAG:
             self._learn(self._unread.popleft())
+        if few and not self.steered:
+            self._begin_denser()
         if self.guarded is not None:
             reason = f"its error was {self.guarded:.3g}, more than max_error {self.settings.guard:g}"
             return Decision(reason, "error beyond max_error")
@@ -188,9 +206,11 @@ class Control:
             retry = not frozen and (self._last is None or step - self._last.step >= RETRY)
             reason = f"an error of {self.settings.target_error:g} needs more than max_density"
             decision = Decision(reason, "sparsity would not pay")
+            if not self.steered:
+                decision = Decision("nothing that was measured can be read yet", "nothing measured yet")
             return self._trial(decision) if retry else decision
         every = self.settings.measure_every
-        often = self._sparse_calls < FIRST_CALLS or self._sparse_calls % (every or 1) == 0
+        often = few or self._sparse_calls < FIRST_CALLS or self._sparse_calls % (every or 1) == 0
         due = bool(every) and not frozen and (often or self._is_new())
         anew = self.settings.order != "kmeans" and self._sparse_calls % RESPLIT == 0
         self._sparse_calls += 1
@@ -214,6 +234,16 @@ class Control:
         if sums is not None:
             self._unread.append(entry)
             self._last = entry
+
+    def _begin_denser(self) -> None:
+        """FIRST_DENSITY for FIRST_TARGET; smaller targets need more: dense where that is beyond max_density."""
+        s = self.settings
+        assert s.target_error is not None
+        if s.target_error < FIRST_TARGET:
+            need = FIRST_DENSITY * (FIRST_TARGET / s.target_error) ** (1 / FIRST_SLOPE)
+            self.pays = need <= s.max_density
+            if self.pays:
+                self.density = need
 
     def _trial(self, dense: Decision) -> Decision:
         """The dense decision, with what there is to try in it: never more than what the layer may use."""
@@ -291,6 +321,8 @@ class Control:
         """Towards the density that is needed, and a little more."""
         s = self.settings
         assert self.density is not None
+        self.steered = True
+        need *= self._spare
         self.pays = need <= s.max_density * (1 if whole else 1 + HYSTERESIS)
         if not self.pays:
             return

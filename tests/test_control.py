@@ -15,7 +15,9 @@ from svg_ear_compile import control
 from svg_ear_compile.control import (
     AIM,
     FIRST_DENSITY,
+    FIRST_TARGET,
     LAG,
+    LATE,
     ORDERS,
     RESPLIT,
     RETRY,
@@ -26,6 +28,7 @@ from svg_ear_compile.control import (
     Step,
     Sums,
 )
+from svg_ear_compile.schedule import FEW_STEPS
 from svg_ear_compile.settings import resolve
 
 STEPS, WARM_UP = 30, 6
@@ -44,7 +47,8 @@ def sums(*errors: float) -> Tensor:
 
 def generation(control: Control, world: World, steps: int = STEPS, warm_up: int = WARM_UP) -> list[Step]:
     for step in range(steps):
-        decision = control.warm_up(step, warm_up) if step < warm_up else control.decide(step)
+        first = step < warm_up
+        decision = control.warm_up(step, warm_up) if first else control.decide(step, num_steps=steps)
         densities = decision.measure if decision.dense else (decision.density,)
         measured = None if decision.measure is None else sums(*(world(d, step) for d in densities or ()))
         control.ran(step, decision, measured)
@@ -118,6 +122,66 @@ def test_a_decision_knows_what_is_two_steps_old_and_nothing_newer() -> None:
     calm, wild = decisions(0.04), decisions(10.0)
     assert calm[: 20 + LAG] == wild[: 20 + LAG]
     assert calm[20 + LAG] != wild[20 + LAG]
+
+
+@pytest.mark.parametrize(
+    ("target", "density"),
+    [(0.2, FIRST_DENSITY), (FIRST_TARGET, FIRST_DENSITY), (FIRST_TARGET / 2, FIRST_DENSITY * 2**0.5),
+     (FIRST_TARGET / 4, None), (FIRST_TARGET / 8, None)],
+)  # fmt: skip
+def test_of_few_steps_a_small_target_begins_denser_until_something_is_read(
+    target: float, density: float | None
+) -> None:
+    """None: dense, as max_density is 0.6."""
+    world = power(0.1, 1.0, target)
+    steps = generation(make(target_error=target), world, 4, warm_up=1)
+    blind = steps[1].decision
+    assert blind.density == pytest.approx(density)
+    assert blind.counter == ("" if density else "nothing measured yet")
+    assert blind.measure == (() if density else None), "the trial of step 0 is on its way"
+    assert all((s.decision.density or 1.0) < FIRST_DENSITY for s in steps[LAG:]), "and is read two steps later"
+
+    untried = generation(make(target_error=target), world, 4, warm_up=0)
+    assert [s.decision.density for s in untried[:LAG]] == [pytest.approx(density)] * LAG
+    assert (untried[0].decision.measure == TRIAL) == (density is None), "a dense call can try"
+    assert all((s.decision.density or 1.0) < FIRST_DENSITY for s in untried[LAG:])
+
+
+def test_of_few_steps_each_sparse_call_is_measured() -> None:
+    sparse = generation(make(target_error=0.04), power(0.2, 1.0), FEW_STEPS, 3)[3:]
+    assert all(s.sums for s in sparse)
+    fixed = generation(make(density=0.2, max_error=1.0), power(0.2, 1.0), FEW_STEPS, 3)[3:]
+    assert sum(s.sums is not None for s in fixed) < len(fixed), "which steers nothing"
+
+
+@pytest.mark.parametrize("steps", [8, 12, FEW_STEPS])
+def test_of_few_steps_the_last_have_density_to_spare(steps: int) -> None:
+    """Errors that grow four times in the last two steps stay within three times the target."""
+
+    def world(density: float, step: int) -> float:
+        return power(0.2, 1.0)(density, step) * (4 if step >= steps - LAG else 1)
+
+    ends = [generation(make(target_error=0.04), w, steps, LAG)[-1] for w in (world, power(0.2, 1.0))]
+    assert ends[0].decision == ends[1].decision, "what the last steps show comes too late"
+    density = ends[0].decision.density or 0.0
+    assert 1 < density / (0.2 / AIM) <= 1 + LATE
+    assert world(density, steps - 1) <= 3 * 0.04
+
+
+def test_with_more_steps_nothing_depends_on_their_number() -> None:
+    def decisions(num_steps: int, warm_up: int) -> list[Decision]:
+        control, found = make(target_error=0.01), []
+        for step in range(FEW_STEPS):
+            first = step < warm_up
+            found.append(control.warm_up(step, warm_up) if first else control.decide(step, False, num_steps))
+            densities = found[-1].measure if found[-1].dense else (found[-1].density,)
+            errors = [power(0.2, 1.0, 0.01)(d, step) for d in densities or () if d]
+            control.ran(step, found[-1], None if found[-1].measure is None else sums(*errors))
+        return found
+
+    for warm_up in (0, 1, 4):
+        assert decisions(FEW_STEPS + 1, warm_up) == decisions(30, warm_up) == decisions(50, warm_up)
+        assert decisions(FEW_STEPS, warm_up) != decisions(50, warm_up)
 
 
 def test_where_it_would_not_pay_it_is_dense_and_tries_again() -> None:

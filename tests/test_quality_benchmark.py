@@ -96,7 +96,8 @@ def test_levels_with_few_steps(tmp_path: Path) -> None:
     assert all(sum(row.dense.values()) + row.sparse == 2 * 4 for row in (high, turbo)), "two layers"
     assert all(row.dense["dense layers"] >= 3 for row in (high, turbo)), "layer 0, behind the dense steps"
     assert turbo.sparse > 0
-    assert turbo.worst > 0
+    assert turbo.worst_first > 0
+    assert (turbo.worst_later is None) == (turbo.sparse <= 2), "one layer is sparse"
     assert turbo.density < turbo.density_of_all < 1
     assert high.density_of_all > turbo.density_of_all
     assert statistics.mean(high.psnr) > statistics.mean(turbo.psnr)
@@ -204,7 +205,7 @@ def test_page_and_picture_from_what_was_written(tmp_path: Path) -> None:
     ]
     quality.write(rows, tmp_path / "rows.json", told)
     level = levels.Row(
-        "wan", "high", 8, [math.inf], [1.0], 0.3, 60, {"warm-up steps": 30, levels.GUARD: 10}, 1.5
+        "wan", "high", 8, [math.inf], [1.0], 0.3, 60, {"warm-up steps": 30, levels.GUARD: 10}, 1.5, 0.5
     )
     levels.write([level], tmp_path / "levels.json", told)
     attention = {"run": {"device": "a chip"}, "records": records()}
@@ -235,7 +236,7 @@ def test_page_and_picture_from_what_was_written(tmp_path: Path) -> None:
     assert cells("wan", "svg2", "free") == ["+7.5 / +7.5 / +7.5", "1.25 / 1.35 / 1.50"]
     assert cells("wan", "high", "8") == [
         "inf", "inf", "1.0000", "0.300", "0.580", "40%: 30% warm-up steps, 10% error beyond max_error",
-        "1.50", "10", "0.61",
+        "1.50", "0.50", "10", "0.61",
     ]  # fmt: skip
     assert "](picture.png)" in printed
     assert (tmp_path / "picture.png").stat().st_size > 1000
