@@ -84,7 +84,7 @@ def _density() -> float:
 
 
 def first_and_later(calls: Sequence[CallError]) -> tuple[list[CallError], list[CallError]]:
-    """The sparse calls of one clip: those of the first two sparse steps of each layer and branch; the others."""
+    """The sparse calls of a clip: those of the first two sparse steps of each layer and branch, others."""
     layers: dict[tuple[int, ...], list[CallError]] = {}
     for c in sorted(calls, key=lambda c: c.step):
         layers.setdefault((c.graph, c.model, c.layer, c.site, c.branch), []).append(c)

@@ -48,8 +48,8 @@ smaller saves more than that."""
 RESPLIT = 8
 FIRST_DENSITY = 0.4
 FIRST_TARGET, FIRST_SLOPE = 0.08, 2.0
-"""Errors at FIRST_DENSITY are up to 3 to 4 times FIRST_TARGET in the first two calls of the tiny HunyuanVideo, up
-to 1.5 times in the other two models; beyond that density the median slope is 2.1 to 3.2."""
+"""Errors at FIRST_DENSITY are up to 3 or 4 times FIRST_TARGET in first calls of the tiny HunyuanVideo, up to
+1.5 times in the other two models; beyond that density the median slope is 2.1 to 3.2."""
 FIRST_CALLS = 4
 """So many sparse calls are measured whatever measure_every is: later ones differ less from those before."""
 AIM = 0.85
@@ -62,8 +62,8 @@ UP, DOWN = 0.9, 0.6
 HALF = 0.5
 """In one decision the density goes down to this share at most: below, the error may be any."""
 LATE = 0.6
-"""Share of the density to spare at the end of few steps: in the last two of them errors of some layers grow 5 to
-9 times, before that mostly less than twice (three tiny models, 4 and 8 steps, density 0.45)."""
+"""Share of the density to spare at the end of few steps: in the last two of them errors of some layers grow 5
+to 9 times, before that mostly less than twice (three tiny models, 4 and 8 steps, density 0.45)."""
 HYSTERESIS = 0.1
 """Smaller relative changes of density are not made; nor is a layer dense that needs so little more."""
 NEWS = 0.3
@@ -236,7 +236,7 @@ class Control:
             self._last = entry
 
     def _begin_denser(self) -> None:
-        """FIRST_DENSITY for FIRST_TARGET; smaller targets need more: dense where that is beyond max_density."""
+        """FIRST_DENSITY for FIRST_TARGET, smaller targets need more; dense where max_density is less."""
         s = self.settings
         assert s.target_error is not None
         if s.target_error < FIRST_TARGET:

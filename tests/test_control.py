@@ -139,7 +139,7 @@ def test_of_few_steps_a_small_target_begins_denser_until_something_is_read(
     assert blind.density == pytest.approx(density)
     assert blind.counter == ("" if density else "nothing measured yet")
     assert blind.measure == (() if density else None), "the trial of step 0 is on its way"
-    assert all((s.decision.density or 1.0) < FIRST_DENSITY for s in steps[LAG:]), "and is read two steps later"
+    assert all((s.decision.density or 1.0) < FIRST_DENSITY for s in steps[LAG:]), "read two steps later"
 
     untried = generation(make(target_error=target), world, 4, warm_up=0)
     assert [s.decision.density for s in untried[:LAG]] == [pytest.approx(density)] * LAG

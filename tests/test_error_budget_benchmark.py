@@ -32,6 +32,19 @@ def test_a_target_and_the_density_that_it_took(tmp_path: Path) -> None:
     assert budget.ratios(again[0]) == pytest.approx(budget.ratios(steered), rel=1e-3)
 
 
+def test_the_first_two_sparse_steps_of_each_layer_and_branch() -> None:
+    def call(layer: int, branch: int, step: int) -> CallError:
+        return CallError(0, 0, 0, layer, branch, step, "", 0.2, 0.1, None, None, 0.1)
+
+    late = [call(1, 0, step) for step in (7, 4, 9, 6)]
+    others = [call(1, 1, 5), call(2, 0, 5), call(2, 0, 6)]
+    first, later = import_benchmark("error_budget").first_and_later([*late, *others])
+    assert sorted((c.layer, c.branch, c.step) for c in first) == [
+        (1, 0, 4), (1, 0, 6), (1, 1, 5), (2, 0, 5), (2, 0, 6),
+    ]  # fmt: skip
+    assert sorted(c.step for c in later) == [7, 9]
+
+
 def test_picture_and_table_of_several_models(tmp_path: Path) -> None:
     budget, plot = import_benchmark("error_budget"), import_benchmark("error_budget_plot")
 

@@ -102,7 +102,14 @@ def test_levels_with_few_steps(tmp_path: Path) -> None:
     assert high.density_of_all > turbo.density_of_all
     assert statistics.mean(high.psnr) > statistics.mean(turbo.psnr)
     levels.write([high, turbo], tmp_path / "levels.json", clips.told())
-    assert levels.read(json.loads((tmp_path / "levels.json").read_text())) == [high, turbo]
+    told = json.loads((tmp_path / "levels.json").read_text())
+    assert levels.read(told) == [high, turbo]
+    for row in told["rows"]:  # as written before the two were told apart
+        row["worst"] = max(row.pop("worst_first") or 0.0, row.pop("worst_later") or 0.0)
+    early = levels.read(told)
+    assert early == [row._replace(worst_first=None, worst_later=None) for row in (high, turbo)]
+    cells = [cell.strip() for cell in levels.table(early[:1], style="github").splitlines()[-1].split("|")]
+    assert cells[-4:-2] == ["-", "-"], "behind them the guard's column"
 
 
 # --- from results to the page -----------------------------------------------------------------------------
