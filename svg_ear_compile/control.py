@@ -16,9 +16,9 @@ never depends on how fast anything was.
   of density. Near d the error is taken to fall as d^-slope: to get to AIM of the target needs
   d (error / (AIM target))^(1 / slope). Most of the way there is gone in one decision, upwards more of it than
   downwards; differences within HYSTERESIS are left alone.
-- Where steps are few (schedule.FEW_STEPS) errors change more from one to the next. There each sparse call is
-  measured; as long as nothing can be read, a smaller target than FIRST_TARGET begins denser, or dense; and in
-  the second half, where errors grow fastest, the density has up to LATE to spare.
+- Where steps are few (schedule.FEW_STEPS) errors change more from one to the next: as long as nothing can
+  be read, a smaller target than FIRST_TARGET begins denser, or dense; and in the second half, where errors grow
+  fastest, the density has up to LATE to spare.
 - Where more than max_density is needed, sparsity would not pay: the layer goes dense, and tries again, as
   above, every so often.
 - The guard: an error beyond max_error, at the density that was thought right, makes the layer dense for the
@@ -210,7 +210,7 @@ class Control:
                 decision = Decision("nothing that was measured can be read yet", "nothing measured yet")
             return self._trial(decision) if retry else decision
         every = self.settings.measure_every
-        often = few or self._sparse_calls < FIRST_CALLS or self._sparse_calls % (every or 1) == 0
+        often = self._sparse_calls < FIRST_CALLS or self._sparse_calls % (every or 1) == 0
         due = bool(every) and not frozen and (often or self._is_new())
         anew = self.settings.order != "kmeans" and self._sparse_calls % RESPLIT == 0
         self._sparse_calls += 1

@@ -147,13 +147,6 @@ def test_of_few_steps_a_small_target_begins_denser_until_something_is_read(
     assert all((s.decision.density or 1.0) < FIRST_DENSITY for s in untried[LAG:])
 
 
-def test_of_few_steps_each_sparse_call_is_measured() -> None:
-    sparse = generation(make(target_error=0.04), power(0.2, 1.0), FEW_STEPS, 3)[3:]
-    assert all(s.sums for s in sparse)
-    fixed = generation(make(density=0.2, max_error=1.0), power(0.2, 1.0), FEW_STEPS, 3)[3:]
-    assert sum(s.sums is not None for s in fixed) < len(fixed), "which steers nothing"
-
-
 @pytest.mark.parametrize("steps", [8, 12, FEW_STEPS])
 def test_of_few_steps_the_last_have_density_to_spare(steps: int) -> None:
     """Errors that grow four times in the last two steps stay within three times the target."""
