@@ -16,8 +16,8 @@ never depends on how fast anything was.
   of density. Near d the error is taken to fall as d^-slope: to get to AIM of the target needs
   d (error / (AIM target))^(1 / slope). Most of the way there is gone in one decision, upwards more of it than
   downwards; differences within HYSTERESIS are left alone.
-- Where steps are few (schedule.FEW_STEPS) errors change more from one to the next: as long as nothing can
-  be read, a smaller target than FIRST_TARGET begins denser, or dense; and in the second half, where errors grow
+- Where steps are few (schedule.FEW_STEPS) errors change more from one to the next. As long as nothing can
+  be read, a smaller target than FIRST_TARGET begins denser, or dense; in the second half, where errors grow
   fastest, the density has up to LATE to spare.
 - Where more than max_density is needed, sparsity would not pay: the layer goes dense, and tries again, as
   above, every so often.
