@@ -19,11 +19,15 @@ from .plan import Plan
 
 ROWS = 64
 """Rows of each head. Fewer cost the same on a GPU, where reading all keys and values is what takes time."""
+TRIAL_ROWS = 256
+"""The same for what a dense call tries, once in a generation: much of a head's error often lies in few rows. On
+the tiny Wan the logarithm of the ratio of a head's errors in two orders has a standard deviation of 0.09 to
+0.57 with 64 rows, of 0.04 to 0.34 with these."""
 
 
-def sample(length: int, like: Tensor, seed: int) -> Tensor:
-    """One number of each of n equal stretches of 0 to length - 1: [B,H,n] int64; B, H as in `like`."""
-    n = min(ROWS, length)
+def sample(length: int, like: Tensor, seed: int, count: int | None = None) -> Tensor:
+    """One number of each of n (count or ROWS) equal stretches of 0 to length - 1: [B,H,n] int64."""
+    n = min(ROWS if count is None else count, length)
     ends = torch.arange(n + 1, device=like.device) * length // n
     generator = torch.Generator(like.device).manual_seed(seed)
     random = torch.randint(2**31, (*like.shape[:2], n), generator=generator, device=like.device)

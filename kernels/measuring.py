@@ -51,7 +51,7 @@ def try_densities(
 
     def sums() -> Tensor:
         mask = drop_noop_mask(attn_mask, c.site)
-        tokens, errors = measure.sample(query.shape[2], query, request.seed), []
+        tokens, errors = measure.sample(query.shape[2], query, request.seed, measure.TRIAL_ROWS), []
         for order in request.orders or (c.order,):
             # Splits are made anew, once for all densities; k-means goes on from what it left.
             carried = call.carried if order == "kmeans" else {}

@@ -69,6 +69,7 @@ def test_the_same_bits_twice_and_another_seed_is_another_sample():
 def test_a_trial_is_what_the_sparse_call_then_makes(monkeypatch):
     """The plan's own formula against the kernel, on all rows: a trial draws tokens, a sparse call slots."""
     monkeypatch.setattr(measure, "ROWS", 10**6)
+    monkeypatch.setattr(measure, "TRIAL_ROWS", 10**6)
     qkv = inputs(SHAPE)
     _, dense = attend(qkv, context.Measure(1, (CONSTANTS.density,)), dense=True)
     _, sparse = attend(qkv, context.Measure(1))

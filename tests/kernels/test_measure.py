@@ -105,6 +105,7 @@ def test_a_sample_is_right_on_average() -> None:
 def test_a_trial_is_what_the_sparse_call_then_measures(order, routing, masked, monkeypatch) -> None:
     """On all rows: a trial draws tokens, a sparse call slots."""
     monkeypatch.setattr(measure, "ROWS", 10**6)
+    monkeypatch.setattr(measure, "TRIAL_ROWS", 10**6)
     attn_mask = mask() if masked else None
     dense, sparse = call(0.15, 0.5, dense=True), call(density={SITE: 0.5})
     attend(dense, constants(order, routing), attn_mask)
