@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .plan import Plan
+from .plan import Plan, Terms
 
 
 class _Tile(NamedTuple):
@@ -22,6 +22,7 @@ class _Tile(NamedTuple):
 
     b: int
     h: int
+    block: int
     tokens: Tensor  # [m] its queries, in the model's order
     query: Tensor  # [m,D] float32
     slots: Tensor  # [n] rows of its kept key blocks in plan.key
@@ -48,7 +49,7 @@ def _tiles(query: Tensor, plan: Plan) -> Iterator[_Tile]:
                 centroids = (bias != -torch.inf).nonzero()[:, 0]
                 rows = query[b, h].index_select(0, tokens).float()
                 slots = kept[block_of_slot].nonzero()[:, 0]
-                yield _Tile(b, h, tokens, rows, slots, centroids, bias[centroids])
+                yield _Tile(b, h, i, tokens, rows, slots, centroids, bias[centroids])
 
 
 def sparse_exact(
@@ -99,12 +100,22 @@ def centroid_compensation(
     return out
 
 
-def attend(query: Tensor, plan: Plan, scale: float, out: Tensor, variable: bool = True) -> Tensor:
+def attend(
+    query: Tensor,
+    plan: Plan,
+    scale: float,
+    out: Tensor,
+    variable: bool = True,
+    terms: Terms | None = None,
+) -> Tensor:
     """Both in one: centroids are further keys of one softmax. Writes into out and returns it.
+
+    terms: of first order, kernels/first_order.py.
 
     A query that meets nothing, token or centroid, has out 0, as in scaled_dot_product_attention.
     """
     length, head, tables = plan.key.shape[2], (-1, -1), (query, query)
+    places = [] if terms is None else terms.places.tolist()
     for t in _tiles(query, plan):
         if head != (t.b, t.h):  # tokens, then centroids: one gather per tile takes from both
             head = (t.b, t.h)
@@ -119,5 +130,9 @@ def attend(query: Tensor, plan: Plan, scale: float, out: Tensor, variable: bool 
         keys, values = (table.index_select(0, rows) for table in tables)
         bias = torch.cat([t.bias.new_zeros(len(t.slots)), t.bias])
         weights = torch.addmm(bias, t.query, keys.T, alpha=scale).softmax(dim=-1)
-        out[head].index_copy_(0, t.tokens, (weights @ values).to(out.dtype))
+        result = weights @ values
+        if terms is not None and (place := places[t.h]) >= 0:
+            share = weights[:, len(t.slots) :].sum(-1, keepdim=True)
+            result += share * (t.query @ terms.matrices[t.b, place, t.block])
+        out[head].index_copy_(0, t.tokens, result.to(out.dtype))
     return out

@@ -59,6 +59,7 @@ class Call:
     density: per site, what its sparse call may spend, instead of the site's constant.
     split_heads: per site of the order "auto", which heads are put into blocks by splits although the grid is
     known, [H]; absent: none.
+    first_order: per site, which heads get first-order terms (kernels/first_order.py), [H]; absent: none.
     measure: per site, what is to be measured; measured: the answer, [errors, 2, B, H] float32 on the device.
     audit: whether sparse calls leave their error over all rows, too; audited: it, per site, as in measured.
     grid: (frames, height, width) in tokens, when only the arguments of this call show it.
@@ -77,6 +78,7 @@ class Call:
     dense: dict[int, str] = field(default_factory=dict)
     density: dict[int, float | None] = field(default_factory=dict)
     split_heads: dict[int, tuple[bool, ...]] = field(default_factory=dict)
+    first_order: dict[int, tuple[bool, ...]] = field(default_factory=dict)
     measure: dict[int, Measure] = field(default_factory=dict)
     measured: dict[int, Tensor] = field(default_factory=dict)
     audit: bool = False

@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from . import attention, kmeans_steps, permute, probe, route, split_steps
+from . import attention, covariance, kmeans_steps, permute, probe, route, split_steps
 
 
 class Kernels(NamedTuple):
     """The modules with the functions of kernels/split_steps.py, kmeans_steps.py, permute.py, probe.py,
-    route.py and attention.py.
+    route.py, covariance.py and attention.py.
 
     The last argument of attention's, variable: whether blocks may be of any size (kmeans); Triton cannot
     see from a plan on the device.
@@ -23,6 +23,7 @@ class Kernels(NamedTuple):
     permute: ModuleType
     probe: ModuleType
     route: ModuleType
+    covariance: ModuleType
     attention: ModuleType
 
 
@@ -31,6 +32,7 @@ def kernels_for(x: Tensor) -> Kernels:
     if x.is_cuda:
         from . import (
             triton_attention,
+            triton_covariance,
             triton_kmeans,
             triton_permute,
             triton_probe,
@@ -39,6 +41,7 @@ def kernels_for(x: Tensor) -> Kernels:
         )
 
         return Kernels(
-            triton_splits, triton_kmeans, triton_permute, triton_probe, triton_route, triton_attention
+            triton_splits, triton_kmeans, triton_permute, triton_probe, triton_route,
+            triton_covariance, triton_attention,
         )
-    return Kernels(split_steps, kmeans_steps, permute, probe, route, attention)
+    return Kernels(split_steps, kmeans_steps, permute, probe, route, covariance, attention)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import context, planning
+from . import context, first_order, planning
 from .constants import SiteConstants
 from .dense import dense_attention, dense_keys, drop_noop_mask, like_output
 from .dispatch import kernels_for
@@ -41,7 +41,7 @@ _CONSTANTS = (
 _PLAN = (
     "Tensor key_p, Tensor value_p, Tensor query_order, Tensor query_offsets, Tensor key_order, "
     "Tensor key_offsets, Tensor key_centroids, Tensor value_centroids, Tensor bias, Tensor kept_count, "
-    "Tensor kept_blocks"
+    "Tensor kept_blocks, Tensor query_centroids"
 )
 
 
@@ -177,7 +177,9 @@ def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | Non
         if variable and not c.compensate:  # no centroid counts, so none need be read
             out, _ = kernels.sparse_exact(query, plan, c.scale_of(query), out)
         else:
-            out = kernels.attend(query, plan, c.scale_of(query), out, variable)
+            scale = c.scale_of(query)
+            terms = first_order.terms(plan, scale, context.current().first_order.get(c.site, ()))
+            out = kernels.attend(query, plan, scale, out, variable, terms)
         measure_call(query, lambda: (key, value, mask), _checked(out, query), plan, c)
         return out
 

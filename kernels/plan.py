@@ -39,6 +39,7 @@ class Plan(NamedTuple):
     kept_count          [B,H,Cq] int32: number of key blocks computed exactly for query block i
     kept_blocks         [B,H,Cq,Ck] int32: their indices, ascending, in the first kept_count places; the
                         other places are unspecified
+    query_centroids     [B,H,Cq,D], dtype of the query: mean of the block's queries, 0 for an empty block
     """
 
     key: Tensor
@@ -52,6 +53,17 @@ class Plan(NamedTuple):
     bias: Tensor
     kept_count: Tensor
     kept_blocks: Tensor
+    query_centroids: Tensor
+
+
+class Terms(NamedTuple):
+    """First-order terms of some heads (kernels/first_order.py).
+
+    places [H] int32: which of the matrices are a head's, -1: none. matrices [B,heads,Cq,D,D]: M_i.
+    """
+
+    places: Tensor
+    matrices: Tensor
 
 
 def block_counts(length: int, num_text: int, order: str) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -82,4 +94,5 @@ def empty_plan(query: Tensor, num_text: int, order: str) -> Plan:
     return Plan(
         like(L), like(L), ints(L), ints(Cq + 1), ints(L), ints(Ck + 1), like(Ck), like(Ck),
         query.new_empty((B, H, Cq, Ck), dtype=torch.float32), ints(Cq), ints(Cq, Ck),
+        like(Cq),
     )  # fmt: skip

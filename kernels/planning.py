@@ -37,8 +37,9 @@ def make_plan(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | Non
         key, value, keys.order, keys.offsets, valid is not None
     )
     density = call.density.get(c.site, c.density)
+    query_centroids = kernels.permute.gathered_means(query, queries.order, queries.offsets)
     scores = kernels.probe.probe(
-        kernels.permute.gathered_means(query, queries.order, queries.offsets),
+        query_centroids,
         key_p,
         value_p,
         keys.offsets,
@@ -56,6 +57,7 @@ def make_plan(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | Non
     plan = Plan(
         key_p, value_p, queries.order, queries.offsets, keys.order, keys.offsets,
         key_centroids.to(query.dtype), value_centroids.to(query.dtype), *routed[:3],
+        query_centroids.to(query.dtype),
     )  # fmt: skip
     return _checked_plan(plan, query, c)
 
@@ -65,7 +67,9 @@ def _checked_plan(plan: Plan, query: Tensor, c: SiteConstants) -> Plan:
     B, H, L, D = query.shape
     (vq, tq), (vk, tk) = block_counts(L, c.num_text, c.order)
     Cq, Ck = vq + tq, vk + tk
-    sizes = ((L, D), (L, D), (L,), (Cq + 1,), (L,), (Ck + 1,), (Ck, D), (Ck, D), (Cq, Ck), (Cq,), (Cq, Ck))
+    sizes = (
+        (L, D), (L, D), (L,), (Cq + 1,), (L,), (Ck + 1,), (Ck, D), (Ck, D), (Cq, Ck), (Cq,), (Cq, Ck), (Cq, D),
+    )  # fmt: skip
     for name, tensor, size in zip(plan._fields, plan, sizes, strict=True):
         if tensor.shape != (B, H, *size):
             raise RuntimeError(f"{name} of a plan is {[*tensor.shape]}, not {[B, H, *size]}")

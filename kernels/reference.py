@@ -7,7 +7,9 @@ by itself brings: a kernel may err at most twice as much (the rule of FlashAtten
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -32,17 +34,52 @@ def dense(
     return _softmax(logits) @ value.to(dtype)
 
 
-def joint_softmax(query: Tensor, plan: Plan, scale: float, dtype: torch.dtype = torch.float64) -> Tensor:
+def joint_softmax(
+    query: Tensor,
+    plan: Plan,
+    scale: float,
+    dtype: torch.dtype = torch.float64,
+    first_order: Sequence[bool] = (),
+) -> Tensor:
     """One softmax over the tokens of kept blocks and the centroids with their biases, [B,H,L,D].
 
     softmax([scale q.k_t (t kept) ; scale q.kc_j + bias_ij]) [v ; vc]
+
+    first_order [H]: heads to whose output M_i^T q is added, times the centroids' share of the softmax.
     """
     tokens = _token_logits(query, plan, scale, dtype)
     bias = _rows_of_queries(plan.bias, plan)  # [B,H,L,Ck]
     centroids = query.to(dtype) @ plan.key_centroids.to(dtype).mT * scale + bias.to(dtype)
     centroids = centroids.masked_fill(bias == -torch.inf, -torch.inf)
     probabilities = _softmax(torch.cat([tokens, centroids], dim=-1))
-    return probabilities @ torch.cat([plan.value, plan.value_centroids], dim=2).to(dtype)
+    out = probabilities @ torch.cat([plan.value, plan.value_centroids], dim=2).to(dtype)
+    if any(first_order):
+        share = probabilities[..., tokens.shape[-1] :].sum(-1, keepdim=True)
+        matrices = first_order_matrices(plan, scale, dtype)
+        for b, h, i in itertools.product(*map(range, matrices.shape[:3])):
+            if not first_order[h]:
+                continue
+            first, last = plan.query_offsets[b, h, i : i + 2]
+            rows = plan.query_order[b, h, first:last].long()
+            out[b, h, rows] += share[b, h, rows] * (query[b, h, rows].to(dtype) @ matrices[b, h, i])
+    return out
+
+
+def first_order_matrices(plan: Plan, scale: float, dtype: torch.dtype = torch.float64) -> Tensor:
+    """M_i = scale sum_j p_ij C_j of every head (kernels/first_order.py), [B,H,Cq,D,D]."""
+    key, value, key_centroids, value_centroids, query_centroids = (
+        x.to(dtype)
+        for x in (plan.key, plan.value, plan.key_centroids, plan.value_centroids, plan.query_centroids)
+    )
+    covariances = torch.zeros(*key_centroids.shape, key.shape[-1], dtype=dtype, device=key.device)
+    for b, h, j in itertools.product(*map(range, key_centroids.shape[:3])):
+        first, last = plan.key_offsets[b, h, j : j + 2]
+        if first < last:
+            keys = key[b, h, first:last] - key_centroids[b, h, j]
+            values = value[b, h, first:last] - value_centroids[b, h, j]
+            covariances[b, h, j] = keys.mT @ values / (last - first)
+    shares = _softmax(scale * query_centroids @ key_centroids.mT + plan.bias.to(dtype))
+    return scale * torch.einsum("bhij,bhjde->bhide", shares, covariances)
 
 
 def exact_part(

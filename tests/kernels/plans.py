@@ -66,6 +66,7 @@ def random_plan(
         key_p, value_p, ints(query_order), ints(query_offsets), ints(key_order), ints(key_offsets),
         _means(key_p, key_offsets), _means(value_p, key_offsets), bias.to(query.device),
         ints(kept.sum(-1)), ints(kept_blocks),
+        _means(_permuted(query, query_order, query_offsets), query_offsets),
     )  # fmt: skip
 
 
