@@ -1,4 +1,4 @@
-"""In which order do the heads err least, and how long is an order of splits good? A tiny model, one table.
+"""In which form do the heads err least, and how long are a choice and orders of splits good? One table.
 
     python benchmarks/orders.py [--noise .9,.87,.8,.5,.2 --densities .2 --rows 256 --size 16x128x128]
     python benchmarks/orders.py --model hunyuan --weights outputs/tiny_hunyuan/export
@@ -9,9 +9,10 @@ would, at one density for all. A call's error: sampled rows of every head, the s
 against exact attention (`kernels/measure.py`). Printed are geometric means over the layers, without the
 first, which is dense by default.
 
-    cubes, splits, kmeans   all heads alike
-    chosen                  each head by the controller's rule, tried at the first level on 64 other rows
-    by head                 each head as errs less on the measured rows: what no choice of heads can beat
+    cubes, splits, kmeans   all heads alike; with +: and with first-order terms
+    chosen                  each head by the controller's rule (`control.choose`), tried at the first level on
+                            other rows; chosen again: tried at the level before
+    by head                 each head as errs least on the measured rows: what no choice of heads can beat
     splits of S             splits by the orders made at level S, over splits made anew
 
 The rows are a sample: 256 a head give an error to about 10%, its ratios to less. The model runs on the CPU in
@@ -37,7 +38,7 @@ from torch.overrides import TorchFunctionMode
 
 from svg_ear_compile import tiny_wan
 from svg_ear_compile.cli import size_argument
-from svg_ear_compile.control import TRIAL, WORTH
+from svg_ear_compile.control import ORDERS, TRIAL, choose
 from svg_ear_compile.kernels import context, measure, planning
 from svg_ear_compile.kernels.constants import SiteConstants
 
@@ -99,37 +100,35 @@ class Layer:
     text_first: bool
 
     def draw(self, rows: int, seed: int) -> tuple[Tensor, Tensor]:
-        """(tokens [B,H,n], exact outputs [B,H,L,D] at them), n = rows, rounded up to whole draws."""
+        """(tokens [B,H,n], exact outputs [B,H,n,D] at them), n = rows, rounded up to whole draws."""
         draws = range(-(-rows // measure.ROWS))
         tokens = torch.cat([measure.sample(self.query.shape[2], self.query, seed + i) for i in draws], -1)
-        exact = F.scaled_dot_product_attention(
-            measure.rows(self.query, tokens), self.key, self.value, attn_mask=self.mask
-        )
-        places = tokens[..., None].expand_as(exact)
-        return tokens, torch.zeros_like(self.query).scatter_(2, places, exact)
+        queries = measure.rows(self.query, tokens)
+        return tokens, F.scaled_dot_product_attention(queries, self.key, self.value, attn_mask=self.mask)
 
     def sums(
         self, drawn: tuple[Tensor, Tensor], order: str, density: float,
-        carried: dict[int, tuple[Tensor, Tensor]] | None = None, split_heads: tuple[bool, ...] = (),
+        carried: dict[int, tuple[Tensor, Tensor]] | None = None, terms: bool = False,
     ) -> Tensor:  # fmt: skip
-        """(lost, whole) [2,H] of a sparse call. carried: orders of splits to use; if empty, takes them."""
+        """(lost, whole) [1 or, with first-order terms, 2,2,H] of a sparse call. carried: orders of splits to
+        use; if empty, takes them."""
         num_text = self.query.shape[2] - math.prod(self.grid)
         c = SiteConstants(
             None, num_text, self.text_first, self.grid, order, "output_error", True, density, 0, 0
         )
-        call = context.Call(carried={} if carried is None else carried)
-        if any(split_heads):
-            call.split_heads[0] = split_heads
-        with context.active(call):
+        with context.active(context.Call(carried={} if carried is None else carried)):
             plan = planning.make_plan(self.query, self.key, self.value, self.mask, c)
         tokens, exact = drawn
-        return measure.planned_error(self.query, plan, exact, tokens, c.scale_of(self.query)).sum(1)
+        return measure.planned_error(self.query, plan, exact, tokens, c.scale_of(self.query), terms).sum(2)
 
-    def choice(self) -> tuple[bool, ...]:
-        """The heads that go by splits after a trial of a dense call (`control.py`)."""
-        drawn = self.draw(measure.ROWS, SEED)
-        ratios = [self.sums(drawn, "splits", d)[0] / self.sums(drawn, "cubes", d)[0] for d in TRIAL]
-        return tuple((torch.stack(ratios).log().mean(0) < 2 * math.log(WORTH)).tolist())
+    def choice(self) -> tuple[Tensor, Tensor]:
+        """(order, form) of each head after a trial of a dense call (`control.py`)."""
+        drawn = self.draw(measure.TRIAL_ROWS, SEED)
+        of_orders = [
+            torch.stack([self.sums(drawn, order, density, terms=True) for density in TRIAL])
+            for order in ORDERS
+        ]
+        return choose(torch.stack(of_orders)[..., None, :].double())
 
 
 def error(sums: Tensor) -> float:
@@ -143,26 +142,30 @@ def compare(
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """One table row per level and density."""
     made: dict[tuple[float, int], dict[int, tuple[Tensor, Tensor]]] = {}  # orders, by level and layer
-    chosen: dict[int, tuple[bool, ...]] = {}
+    choices: dict[int, list[tuple[Tensor, Tensor]]] = {}  # of each layer, level by level
     for level, inputs in inputs_at(noise, model, weights, size):
         found: dict[float, list[dict[str, float]]] = {density: [] for density in densities}
         for number, tensors in enumerate(inputs[1:], 1):
             layer = Layer(*tensors, _grid(size), text_first=model == "cogvideox")
-            drawn = layer.draw(rows, SEED + 1)
-            if number not in chosen:
-                chosen[number] = layer.choice()
+            drawn = layer.draw(rows, SEED + len(TRIAL) * measure.TRIAL_ROWS)
+            choices.setdefault(number, []).append(layer.choice())
             orders = made.setdefault((level, number), {})
             for density in densities:
-                cubes = layer.sums(drawn, "cubes", density)
-                splits = layer.sums(drawn, "splits", density, orders)
-                of_heads = layer.sums(drawn, "auto", density, split_heads=chosen[number])
-                better = torch.where(splits[0] < cubes[0], splits, cubes)
-                errors = {"cubes": error(cubes), "splits": error(splits)}
-                errors["kmeans"] = error(layer.sums(drawn, "kmeans", density))
-                errors |= {"chosen": error(of_heads), "by head": error(better)}
+                cubes = layer.sums(drawn, "cubes", density, terms=True)
+                splits = layer.sums(drawn, "splits", density, orders, terms=True)
+                forms = torch.stack([cubes, splits])  # [orders,forms,2,H]
+                heads = torch.arange(forms.shape[-1])
+                first, before = choices[number][0], choices[number][max(len(choices[number]) - 2, 0)]
+                best = forms[:, :, 0].flatten(0, 1).argmin(0)
+                errors = {"cubes": error(cubes[0]), "splits": error(splits[0])}
+                errors["kmeans"] = error(layer.sums(drawn, "kmeans", density)[0])
+                errors |= {"cubes +": error(cubes[1]), "splits +": error(splits[1])}
+                errors["chosen"] = error(forms[first[0], first[1], :, heads].mT)
+                errors["chosen again"] = error(forms[before[0], before[1], :, heads].mT)
+                errors["by head"] = error(forms.flatten(0, 1)[best, :, heads].mT)
                 for old in noise[: noise.index(level)]:
                     again = layer.sums(drawn, "splits", density, dict(made[old, number]))
-                    errors[f"splits of {old:g}"] = error(again) / errors["splits"]
+                    errors[f"splits of {old:g}"] = error(again[0]) / errors["splits"]
                 found[density].append(errors)
         for density, layers in found.items():
             means = {name: statistics.geometric_mean(e[name] for e in layers) for name in layers[0]}
@@ -188,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if told["model"] != "wan":
             parser.error("--weights: the folder of a trained model (examples/tiny_wan/train.py)")
         told["weights"] = Path(tiny_wan.__file__).parent
-    digits = ("", "g", "g", *[".4f"] * 5, *[".3f"] * len(told["noise"]))
+    digits = ("", "g", "g", *[".4f"] * 8, *[".3f"] * len(told["noise"]))
     print(tabulate(list(compare(**told)), headers="keys", floatfmt=digits))
 
 

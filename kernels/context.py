@@ -42,13 +42,15 @@ class SiteTotals:
 class Measure(NamedTuple):
     """What to measure in one call of one site, on rows drawn from `seed` (kernels/measure.py).
 
-    A sparse call measures its own error. A dense one tries: it measures the errors that it would have made,
-    had it been sparse, in each of `orders` (none: the site's own) at each of `densities`.
+    A sparse call measures its own error. With densities a call tries, too: it measures the errors that it
+    would have made in each of `orders` (none: the site's own) at each of `densities`, without and, with
+    first_order, also with first-order terms (kernels/first_order.py).
     """
 
     seed: int
     densities: tuple[float, ...] = ()
     orders: tuple[str, ...] = ()
+    first_order: bool = False
 
 
 @dataclass
@@ -60,7 +62,8 @@ class Call:
     split_heads: per site of the order "auto", which heads are put into blocks by splits although the grid is
     known, [H]; absent: none.
     first_order: per site, which heads get first-order terms (kernels/first_order.py), [H]; absent: none.
-    measure: per site, what is to be measured; measured: the answer, [errors, 2, B, H] float32 on the device.
+    measure: per site, what is to be measured; measured: the answer, [errors, 2, B, H] float32 on the device:
+    of a sparse call its own error, then those of what was tried.
     audit: whether sparse calls leave their error over all rows, too; audited: it, per site, as in measured.
     grid: (frames, height, width) in tokens, when only the arguments of this call show it.
     carried: per site, what clustering left last time for this layer, branch and model: k-means the centroids

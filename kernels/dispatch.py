@@ -41,7 +41,12 @@ def kernels_for(x: Tensor) -> Kernels:
         )
 
         return Kernels(
-            triton_splits, triton_kmeans, triton_permute, triton_probe, triton_route,
-            triton_covariance, triton_attention,
+            triton_splits,
+            triton_kmeans,
+            triton_permute,
+            triton_probe,
+            triton_route,
+            triton_covariance,
+            triton_attention,
         )
     return Kernels(split_steps, kmeans_steps, permute, probe, route, covariance, attention)

@@ -17,53 +17,69 @@ from .plan import Plan
 
 def measure_call(
     query: Tensor, keys: Callable[[], tuple[Tensor, Tensor, Tensor | None]], out: Tensor, plan: Plan,
-    c: SiteConstants,
+    c: SiteConstants, trial: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> None:  # fmt: skip
     """Measures the error of a sparse call's output, on a sample and on all rows, where the host asked for it.
 
-    keys: makes key and value, in any order, and which of them there are (None: all).
+    keys: makes key and value, in any order, and which of them there are (None: all). trial: `try_forms` with
+    what it needs besides tokens and exact rows; where the host asked for it, its sums follow the error.
     """
     call = context.current()
     request = call.measure.get(c.site)
+    scale = c.scale_of(query)
     if request is not None:
 
         def sampled() -> Tensor:
             slots = measure.sample(query.shape[2], query, request.seed)
             tokens = plan.query_order.gather(-1, slots).long()
-            return measure.output_error(query, *keys(), out, tokens, c.scale_of(query))[None]
+            error = measure.output_error(query, *keys(), out, tokens, scale)[None]
+            if trial is None or not request.densities:
+                return error
+            tokens = measure.sample(query.shape[2], query, request.seed, measure.TRIAL_ROWS)
+            exact = measure.exact_rows(measure.rows(query, tokens), *keys(), scale)
+            return torch.cat([error, trial(tokens, exact)])
 
         _lay(call.measured, c, sampled)
     if call.audit:
-        _lay(call.audited, c, lambda: measure.true_error(query, *keys(), out, c.scale_of(query))[None])
+        _lay(call.audited, c, lambda: measure.true_error(query, *keys(), out, scale)[None])
 
 
-def try_densities(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, out: Tensor, c: SiteConstants
-) -> None:
-    """In a dense call: measures what sparse ones would have lost, if the host asked for it.
+def measure_dense(out: Tensor, c: SiteConstants, trial: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """In a dense call: measures what sparse ones would have lost, if the host asked for it."""
+    request = context.current().measure.get(c.site)
+    if request is not None and request.densities:
 
-    Leaves [orders * densities,2,B,H] float32, the densities of the first order first.
+        def tried() -> Tensor:
+            tokens = measure.sample(out.shape[2], out, request.seed, measure.TRIAL_ROWS)
+            return trial(tokens, measure.rows(out, tokens))
+
+        _lay(context.current().measured, c, tried)
+
+
+def try_forms(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, c: SiteConstants,
+    tokens: Tensor, exact: Tensor,
+) -> Tensor:  # fmt: skip
+    """What plans of the orders and densities that the host asked for would lose at tokens [B,H,n], whose
+    exact attention is `exact` [B,H,n,D].
+
+    [orders * densities * forms,2,B,H] float32: forms are 1, or 2, without and with first-order terms.
     """
     call = context.current()
-    request = call.measure.get(c.site)
-    if request is None or not request.densities:
-        return
-
-    def sums() -> Tensor:
-        mask = drop_noop_mask(attn_mask, c.site)
-        tokens, errors = measure.sample(query.shape[2], query, request.seed, measure.TRIAL_ROWS), []
-        for order in request.orders or (c.order,):
-            # Splits are made anew, once for all densities; k-means goes on from what it left.
-            carried = call.carried if order == "kmeans" else {}
-            for density in request.densities:
-                # These plans compute no output: their areas count nowhere.
-                trial = replace(call, density={c.site: density}, split_heads={}, carried=carried, totals={})
-                with context.active(trial):
-                    plan = planning.make_plan(query, key, value, mask, c._replace(order=order))
-                errors.append(measure.planned_error(query, plan, out, tokens, c.scale_of(query)))
-        return torch.stack(errors)
-
-    _lay(call.measured, c, sums)
+    request, errors = call.measure[c.site], []
+    mask = drop_noop_mask(attn_mask, c.site)
+    for order in request.orders or (c.order,):
+        # Splits are made anew, once for all densities; k-means goes on from what it left.
+        carried = call.carried if order == "kmeans" else {}
+        for density in request.densities:
+            # These plans compute no output: their areas count nowhere.
+            trial = replace(call, density={c.site: density}, split_heads={}, carried=carried, totals={})
+            with context.active(trial):
+                plan = planning.make_plan(query, key, value, mask, c._replace(order=order))
+            errors.append(
+                measure.planned_error(query, plan, exact, tokens, c.scale_of(query), request.first_order)
+            )
+    return torch.cat(errors)
 
 
 def _lay(place: dict[int, Tensor], c: SiteConstants, sums: Callable[[], Tensor]) -> None:

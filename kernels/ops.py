@@ -15,6 +15,7 @@ every model goes on with out.transpose(1, 2).flatten(2).
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from .constants import SiteConstants
 from .dense import dense_attention, dense_keys, drop_noop_mask, like_output
 from .dispatch import kernels_for
 from .fallback import sparse_or_dense
-from .measuring import measure_call, try_densities
+from .measuring import measure_call, measure_dense, try_forms
 from .plan import Plan, empty_plan
 
 # Decisions and carried centroids are read in Python at every call: a CUDA graph must not record one call's
@@ -109,7 +110,7 @@ def sparse_exact(
 
     def dense() -> tuple[Tensor, Tensor]:
         out = dense_attention(query, *dense_keys(key, value, attn_mask, c.site), c.scale)
-        try_densities(query, key, value, attn_mask, out, c)
+        measure_dense(out, c, partial(try_forms, query, key, value, attn_mask, c))
         return out, query.new_empty(query.shape[:-1], dtype=torch.float32)
 
     return sparse_or_dense(query, c.site, sparse, dense, alone=False)
@@ -180,12 +181,14 @@ def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | Non
             scale = c.scale_of(query)
             terms = first_order.terms(plan, scale, context.current().first_order.get(c.site, ()))
             out = kernels.attend(query, plan, scale, out, variable, terms)
-        measure_call(query, lambda: (key, value, mask), _checked(out, query), plan, c)
+        keys = partial(dense_keys, key, value, attn_mask, c.site)
+        trial = partial(try_forms, query, key, value, attn_mask, c)
+        measure_call(query, keys, _checked(out, query), plan, c, trial)
         return out
 
     def dense() -> Tensor:
         out = dense_attention(query, *dense_keys(key, value, attn_mask, c.site), c.scale)
-        try_densities(query, key, value, attn_mask, out, c)
+        measure_dense(out, c, partial(try_forms, query, key, value, attn_mask, c))
         return out
 
     return sparse_or_dense(query, c.site, sparse, dense)

@@ -56,8 +56,8 @@ def make_plan(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | Non
     call.totals.setdefault(c.site, context.SiteTotals()).add(routed.areas, B * H * (L - c.num_text) ** 2)
     plan = Plan(
         key_p, value_p, queries.order, queries.offsets, keys.order, keys.offsets,
-        key_centroids.to(query.dtype), value_centroids.to(query.dtype), *routed[:3],
-        query_centroids.to(query.dtype),
+        key_centroids.to(query.dtype), value_centroids.to(query.dtype),
+        routed.bias, routed.kept_count, routed.kept_blocks, query_centroids.to(query.dtype),
     )  # fmt: skip
     return _checked_plan(plan, query, c)
 
@@ -68,7 +68,8 @@ def _checked_plan(plan: Plan, query: Tensor, c: SiteConstants) -> Plan:
     (vq, tq), (vk, tk) = block_counts(L, c.num_text, c.order)
     Cq, Ck = vq + tq, vk + tk
     sizes = (
-        (L, D), (L, D), (L,), (Cq + 1,), (L,), (Ck + 1,), (Ck, D), (Ck, D), (Cq, Ck), (Cq,), (Cq, Ck), (Cq, D),
+        (L, D), (L, D), (L,), (Cq + 1,), (L,), (Ck + 1,),
+        (Ck, D), (Ck, D), (Cq, Ck), (Cq,), (Cq, Ck), (Cq, D),
     )  # fmt: skip
     for name, tensor, size in zip(plan._fields, plan, sizes, strict=True):
         if tensor.shape != (B, H, *size):

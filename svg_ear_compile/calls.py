@@ -165,13 +165,14 @@ class SparseCallable:
         site, decision, tick = visit.site, visit.decision, visit.tick
         if decision.measure is not None:
             seed = hash((self.settings.seed, visit.layer.number, tick.branch, tick.step)) % 2**63
-            call.measure[site] = context.Measure(seed, decision.measure, decision.orders)
+            call.measure[site] = context.Measure(seed, decision.measure, decision.orders, decision.terms)
         if decision.dense:
             call.dense[site] = decision.dense
             self.record.dense[site][decision.counter] += 1
         else:
             call.density[site] = decision.density
             call.split_heads[site] = decision.split_heads
+            call.first_order[site] = decision.first_order
         if self._carries(visit) and not decision.anew:
             carried = layers.carried(visit.layer, tick.branch, visit.stamp)
             if carried is not None:

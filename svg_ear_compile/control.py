@@ -9,9 +9,11 @@ never depends on how fast anything was.
 - Two steps before the first sparse one, while the call is dense anyhow, the layer tries TRIAL densities on
   the sampled rows. From their errors follow the density to begin with, and how fast the error falls with it.
   Without such a step, or before it can be read, it begins with the cautious FIRST_DENSITY.
-- Where the frame grid is known, it tries each density in both ORDERS. A head whose error is smaller by WORTH
-  with splits than with cubes goes by splits in this generation. Their orders are made in one sparse call of
-  RESPLIT, and used again in the others: tokens hardly move against each other from step to step.
+- It tries each density in up to four forms: in both ORDERS where the frame grid is known, and in each with
+  and without first-order terms (kernels/first_order.py). Each head goes by the form with the smallest error,
+  once what a form costs is counted (WORTH, FIRST_ORDER_WORTH). Orders of splits are made in one sparse call
+  of RESPLIT, and used again in the others: tokens hardly move against each other from step to step.
+- In the middle of a generation it chooses again, at its density: attention of nearly clean video is another.
 - Then it measures the first sparse calls, every measure_every-th of the others, and what follows a change
   of density. Near d the error is taken to fall as d^-slope: to get to AIM of the target needs
   d (error / (AIM target))^(1 / slope). Most of the way there is gone in one decision, upwards more of it than
@@ -45,6 +47,10 @@ ORDERS = ("cubes", "splits")
 WORTH = 0.85
 """Making orders once in RESPLIT calls takes a tenth of a call's time (H200, 720p): an error that is so much
 smaller saves more than that."""
+FIRST_ORDER_WORTH = 0.9
+"""The same for first-order terms: they take 5 to 10% of a call's time."""
+MIDDLE = 0.4
+"""Forms are chosen again in the first call behind this share of the steps that makes orders anew."""
 RESPLIT = 8
 FIRST_DENSITY = 0.4
 FIRST_TARGET, FIRST_SLOPE = 0.08, 2.0
@@ -123,17 +129,20 @@ def _error(lost: Tensor, whole: Tensor) -> Error:
 class Decision(NamedTuple):
     """What a layer does at one step.
 
-    density: None where dense, or as routed. counter: for the report. split_heads: as in context.Call. anew:
-    whether orders that were kept are to be made again. orders: in which a dense call tries its densities.
+    density: None where dense, or as routed. counter: for the report. split_heads, first_order: as in
+    context.Call. anew: whether orders that were kept are to be made again. orders, terms: in which forms
+    densities are tried, as in context.Measure.
     """
 
     dense: str | None = None
     counter: str = ""
     density: float | None = None
     measure: tuple[float, ...] | None = None
-    """None: nothing is measured; else the densities to try, () in a sparse call."""
+    """None: nothing is measured; else the densities to try, (): none."""
     orders: tuple[str, ...] = ()
+    terms: bool = False
     split_heads: tuple[bool, ...] = ()
+    first_order: tuple[bool, ...] = ()
     anew: bool = False
 
 
@@ -149,11 +158,31 @@ class Step:
 
     def error(self) -> Error | None:
         """Of the output, where it was measured; trials of a dense call are no such. Waits for the device."""
-        return None if self.sums is None or self.decision.dense else self.sums.errors()[0]
+        return None if self.sums is None or self.decision.dense else _error(*self.sums.read()[0])
 
     def true_error(self) -> Error | None:
         """The same over all rows, with the setting `audit`."""
         return None if self.audited is None else self.audited.errors()[0]
+
+
+def choose(sums: Tensor) -> tuple[Tensor, Tensor]:
+    """(order, form) of each head, [H] int64, from sums [orders,densities,forms,2,B,H] of a trial.
+
+    What counts is the squared error of a head, of the batch together, and of several densities, since these
+    lie far apart, the mean of the logarithms.
+    """
+    lost = sums[:, :, :, 0].sum(-2).clamp(min=torch.finfo(sums.dtype).tiny).log().mean(1)
+    orders, forms, _ = lost.shape
+    worth = torch.outer(torch.tensor([1.0, WORTH]), torch.tensor([1.0, FIRST_ORDER_WORTH]))
+    score = lost - 2 * worth[:orders, :forms, None].log()
+    # The first of what is equal, the cheapest, where nothing is a number or everything infinite.
+    best = score.nan_to_num(nan=math.inf, posinf=math.inf).flatten(0, 1).argmin(0)
+    return best // forms, best % forms
+
+
+def _heads(chosen: Tensor) -> tuple[bool, ...]:
+    """[H], or () where there are none."""
+    return tuple(chosen.bool().tolist()) if chosen.any() else ()
 
 
 @dataclass(eq=False)
@@ -172,6 +201,8 @@ class Control:
     """A density at which the error was beyond max_error is not used again."""
     split_heads: tuple[bool, ...] = ()
     """Which heads go by splits although the grid is known; (): none."""
+    first_order: tuple[bool, ...] = ()
+    """Which heads get first-order terms; (): none."""
     steered: bool = False
     """Whether the density, or that the layer is dense, follows from something measured."""
     steps: deque[Step] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
@@ -179,6 +210,9 @@ class Control:
     _last: Step | None = None
     """The last that measured."""
     _sparse_calls: int = 0
+    _anew: bool = False
+    """Whether other heads go by splits than those whose orders were kept."""
+    _chosen_again: bool = False
     _spare: float = 1.0
     """The density that is taken to be needed, over the one that was found."""
 
@@ -212,11 +246,18 @@ class Control:
         every = self.settings.measure_every
         often = self._sparse_calls < FIRST_CALLS or self._sparse_calls % (every or 1) == 0
         due = bool(every) and not frozen and (often or self._is_new())
-        anew = self.settings.order != "kmeans" and self._sparse_calls % RESPLIT == 0
+        orders_due = self._sparse_calls % RESPLIT == 0
+        anew = self.settings.order != "kmeans" and (orders_due or self._anew)
+        decision = Decision(
+            density=self.density, measure=() if due else None, split_heads=self.split_heads,
+            first_order=self.first_order, anew=anew,
+        )  # fmt: skip
         self._sparse_calls += 1
-        return Decision(
-            density=self.density, measure=() if due else None, split_heads=self.split_heads, anew=anew
-        )
+        self._anew = False
+        if every and orders_due and not frozen and not self._chosen_again and step >= MIDDLE * num_steps:
+            self._chosen_again = True
+            decision = self._try_forms(decision)
+        return decision
 
     def ran(
         self,
@@ -248,14 +289,21 @@ class Control:
     def _trial(self, dense: Decision) -> Decision:
         """The dense decision, with what there is to try in it: never more than what the layer may use."""
         s = self.settings
-        orders = ORDERS if s.order == "auto" and self.grid else ()
         if s.target_error is not None:
             low, high = TRIAL
             tried = (low * min(1.0, s.max_density / high), min(high, s.max_density))
-            return dense._replace(measure=tried, orders=orders)
-        if s.density is not None and orders and s.measure_every:
-            return dense._replace(measure=(s.density,), orders=orders)
-        return dense
+            return dense._replace(measure=tried, orders=self._orders(), terms=s.first_order)
+        return self._try_forms(dense) if s.measure_every else dense
+
+    def _orders(self) -> tuple[str, ...]:
+        return ORDERS if self.settings.order == "auto" and self.grid else ()
+
+    def _try_forms(self, decision: Decision) -> Decision:
+        """The decision with all forms to try at the layer's density, if there are several."""
+        orders, terms = self._orders(), self.settings.first_order
+        if self.density is None or not (orders or terms):
+            return decision
+        return decision._replace(measure=(self.density,), orders=orders, terms=terms)
 
     def _is_new(self) -> bool:
         """Whether no measurement was made near the density that is now used."""
@@ -266,9 +314,10 @@ class Control:
 
     def _learn(self, entry: Step) -> None:
         assert entry.sums is not None
-        sums = entry.sums.read()
-        if entry.decision.orders:
-            sums = self._choose_order(sums)
+        sums, decision = entry.sums.read(), entry.decision
+        own = 0 if decision.dense else 1
+        if len(sums) > own and (decision.orders or decision.terms):
+            sums = self._choose(sums[own:], decision)
         errors = [max(_error(*call).call, 1e-9) for call in sums]
         if any(math.isnan(error) for error in errors):
             return
@@ -293,15 +342,16 @@ class Control:
             if self.density is None or not need < self.density < entry.decision.density:
                 self._move(need)
 
-    def _choose_order(self, sums: Tensor) -> Tensor:
-        """sums [orders * densities,2,B,H] of a trial: chooses, and returns those of the choice."""
-        cubes, splits = sums.unflatten(0, (len(ORDERS), -1))
-        # Of the squared errors of a head: of the batch together, and the mean over the densities, which lie
-        # far apart, of the logarithms.
-        ratio = (splits[:, 0].sum(-2) / cubes[:, 0].sum(-2)).log().mean(0)
-        chosen = ratio < 2 * math.log(WORTH)  # not where the ratio is NaN
-        self.split_heads = tuple(chosen.tolist()) if chosen.any() else ()
-        return torch.where(chosen, splits, cubes)
+    def _choose(self, sums: Tensor, decision: Decision) -> Tensor:
+        """sums [orders * densities * forms,2,B,H] of a trial: chooses, and returns those of the choice."""
+        sums = sums.unflatten(0, (max(len(decision.orders), 1), -1, 1 + decision.terms))
+        order, form = choose(sums)
+        if decision.orders:
+            before, self.split_heads = self.split_heads, _heads(order)
+            self._anew = self._anew or self.split_heads != before
+        if decision.terms:
+            self.first_order = _heads(form)
+        return sums[order, :, form, :, :, torch.arange(len(order))].permute(1, 2, 3, 0)
 
     def _learn_trial(self, entry: Step, errors: list[float]) -> None:
         """Between the two densities a power of the density, beyond the larger an exponential of it."""

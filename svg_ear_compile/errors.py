@@ -19,7 +19,8 @@ class CallError:
     layer counts the attention layers of a model, branch the calls of a step (1: often the unconditional one).
     dense: why it ran dense, "" if it did not. density: what it might spend; None: dense, or as routed. error
     and worst_head: measured on a sample of the rows, where it was measured. true_error: over all rows, with
-    the setting `audit`. split_share: of the heads, those that go by splits because they erred less so.
+    the setting `audit`. split_share, first_order_share: of the heads, those that go by splits, and that get
+    first-order terms, because they erred less so.
     """
 
     graph: int
@@ -35,6 +36,7 @@ class CallError:
     worst_head: float | None
     true_error: float | None
     split_share: float = 0.0
+    first_order_share: float = 0.0
 
 
 def call_errors(graph: GraphRecord) -> list[CallError]:
@@ -49,6 +51,7 @@ def call_errors(graph: GraphRecord) -> list[CallError]:
                     graph.number, *place, step.step, step.decision.dense or "", step.decision.density, target,
                     None if error is None else error.call, None if error is None else error.worst_head,
                     None if true is None else true.call, _share(step.decision.split_heads),
+                    _share(step.decision.first_order),
                 )
             )  # fmt: skip
     return sorted(found, key=lambda e: (e.graph, e.model, e.layer, e.site, e.branch, e.step))
@@ -61,12 +64,13 @@ def _share(heads: tuple[bool, ...]) -> float:
 def summary(errors: Sequence[CallError]) -> dict[str, Any]:
     """Of the measured calls: how many, the median error and the largest.
 
-    split_share: the mean over all sparse calls.
+    split_share, first_order_share: the means over all sparse calls.
     """
     measured = [e.error for e in errors if e.error is not None]
-    shares = [e.split_share for e in errors if not e.dense]
+    sparse = [e for e in errors if not e.dense]
     return {
-        "split_share": statistics.mean(shares) if shares else 0.0,
+        "split_share": statistics.mean(e.split_share for e in sparse) if sparse else 0.0,
+        "first_order_share": statistics.mean(e.first_order_share for e in sparse) if sparse else 0.0,
         "measured_calls": len(measured),
         "measured_error": statistics.median(measured) if measured else None,
         "worst_error": max(measured, default=None),

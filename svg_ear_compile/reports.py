@@ -176,6 +176,10 @@ class Report:
             lines.append(
                 f"order: {t['split_share']:.0%} of the heads by splits instead of cubes: they err less so"
             )
+        if t["first_order_share"]:
+            lines.append(
+                f"first-order terms: {t['first_order_share']:.0%} of the heads have them: they err less so"
+            )
         if t["measured_calls"]:
             targets = sorted({s.target_error for s in self.sites if s.target_error is not None})
             lines.append(

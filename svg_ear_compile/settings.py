@@ -122,8 +122,8 @@ QUALITY = {
 DEFAULT_QUALITY = "balanced"
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    "svg_ear": {"order": "kmeans", "compensate": True},
-    "svg2": {"order": "kmeans", "compensate": False},
+    "svg_ear": {"order": "kmeans", "compensate": True, "first_order": False},
+    "svg2": {"order": "kmeans", "compensate": False, "first_order": False},
 }
 """What a preset means for other settings."""
 ROUTINGS = {"default": "output_error", "svg_ear": "svg_ear", "svg2": "mass"}
@@ -208,6 +208,11 @@ class Settings:
     compensate: bool = _setting(
         True, _bool, BOOLEAN, "skipped blocks count through their centroids; 0 drops them"
     )
+    first_order: bool = _setting(
+        True, _bool, BOOLEAN,
+        "first-order terms besides centroids, for the heads whose measured error is then clearly smaller; "
+        "not with compensate 0 or merge 0",
+    )  # fmt: skip
     order: str = _setting(
         "auto", _choice("auto", "cubes", "splits", "kmeans"), "auto, cubes, splits or kmeans",
         "how video tokens are put into blocks; auto: splits where no frame grid is known, else cubes, and "
@@ -288,6 +293,7 @@ def resolve(
             )
         derived[name] = "preset"
     derived |= _how_much(values, sources)
+    derived |= _without_first_order(values, sources)
     sources |= {name: source for name, source in derived.items() if sources[name] == "default"}
     settings = Settings(**values)
     _check_error_settings(settings, sources)
@@ -323,6 +329,20 @@ def _how_much(values: dict[str, Any], sources: dict[str, str]) -> dict[str, str]
         values.setdefault("dense_steps", level.dense_steps)
         derived["dense_steps"] = "quality"
     return derived
+
+
+def _without_first_order(values: dict[str, Any], sources: dict[str, str]) -> dict[str, str]:
+    """Centroids that do not count have no first-order terms, nor has the op that adds centroids alone."""
+    for name in ("compensate", "merge"):
+        if values.get(name) is False:
+            if values.get("first_order"):
+                raise SettingsError(
+                    f"first_order=True ({sources['first_order']}) contradicts {name}=False ({sources[name]})"
+                )
+            if "first_order" not in values:
+                values["first_order"] = False
+                return {"first_order": name}
+    return {}
 
 
 def _check_error_settings(settings: Settings, sources: dict[str, str]) -> None:

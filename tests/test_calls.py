@@ -45,7 +45,7 @@ class Graph:
         self.error = 0.0
         """What every call measures, whatever its density."""
         self.trial: Tensor | None = None
-        """[orders, heads]: what a trial of one density measures instead."""
+        """[orders * forms, heads]: what a trial of one density measures instead, in a dense call."""
         self.look: Callable[[context.Call], Any] = lambda call: None
 
     def __call__(self, *args: Any) -> str:
@@ -58,10 +58,11 @@ class Graph:
         call.dense |= dict.fromkeys(self.fail, "failed: ValueError")
         call.carried |= self.leave
         for request in call.measure.values():
-            tried = len(request.densities) * len(request.orders or ("its own",))
-            errors = torch.full((tried or 1,), self.error)
+            tried = len(request.densities) * len(request.orders or ("its own",)) * (1 + request.first_order)
+            own = 0 if call.dense else 1
+            errors = torch.full((own + tried,), self.error)
             call.measured[0] = torch.stack([errors**2, torch.ones_like(errors)], 1)[..., None, None]
-            if self.trial is not None and request.orders:
+            if self.trial is not None and request.orders and call.dense:
                 lost = self.trial
                 call.measured[0] = torch.stack([lost, torch.full_like(lost, 100.0)], 1)[:, :, None]
         return "out"
@@ -254,16 +255,19 @@ def test_orders_of_splits_are_used_again_and_made_anew_in_turns(layers: list[nn.
     assert before == ([None] + [left] * (RESPLIT - 1)) * 2
 
 
-def test_heads_that_a_trial_chose_go_by_splits(layers: list[nn.Parameter]) -> None:
+def test_heads_go_by_the_forms_that_a_trial_chose(layers: list[nn.Parameter]) -> None:
     options = {"density": 0.3, "dense_steps": 2, "num_steps": 6}
     run, graph, _ = block(options)
-    graph.trial = torch.tensor([[4.0, 4.0], [1.0, 9.0]])  # squared errors: orders x heads
+    # squared errors of two heads: cubes without and with first-order terms, then splits
+    graph.trial = torch.tensor([[4.0, 4.0], [3.9, 2.0], [1.0, 9.0], [1.1, 9.0]])
     for time in (9.0, 8.0, 7.0, 6.0):
         model_call(run, layers[:1], time)
-    assert graph.contexts[0].measure[0] == Measure(graph.contexts[0].measure[0].seed, (0.3,), ORDERS)
+    assert graph.contexts[0].measure[0] == Measure(graph.contexts[0].measure[0].seed, (0.3,), ORDERS, True)
     assert [call.split_heads for call in graph.contexts] == [{}, {}, {0: (True, False)}, {0: (True, False)}]
-    (share,) = {e.split_share for e in call_errors(run.record) if not e.dense}
-    assert share == 0.5
+    chosen = [{}, {}, {0: (False, True)}, {0: (False, True)}]
+    assert [call.first_order for call in graph.contexts] == chosen
+    shares = {(e.split_share, e.first_order_share) for e in call_errors(run.record) if not e.dense}
+    assert shares == {(0.5, 0.5)}
 
 
 def test_failures_inside_the_ops_count_as_dense(layers: list[nn.Parameter]) -> None:

@@ -15,9 +15,11 @@ from svg_ear_compile import control
 from svg_ear_compile.control import (
     AIM,
     FIRST_DENSITY,
+    FIRST_ORDER_WORTH,
     FIRST_TARGET,
     LAG,
     LATE,
+    MIDDLE,
     ORDERS,
     RESPLIT,
     RETRY,
@@ -49,8 +51,13 @@ def generation(control: Control, world: World, steps: int = STEPS, warm_up: int 
     for step in range(steps):
         first = step < warm_up
         decision = control.warm_up(step, warm_up) if first else control.decide(step, num_steps=steps)
-        densities = decision.measure if decision.dense else (decision.density,)
-        measured = None if decision.measure is None else sums(*(world(d, step) for d in densities or ()))
+        measured = None
+        if decision.measure is not None:
+            own = () if decision.dense else (decision.density,)
+            tried = [d for d in decision.measure for _ in range(1 + decision.terms)] * max(
+                len(decision.orders), 1
+            )
+            measured = sums(*(world(d, step) for d in (*own, *tried)))
         control.ran(step, decision, measured)
     return list(control.steps)
 
@@ -102,11 +109,11 @@ def test_without_a_warm_up_it_starts_cautiously() -> None:
 
 
 def test_it_measures_every_so_often_and_what_is_new() -> None:
-    steps = generation(make(target_error=0.04, measure_every=5), power(0.2, 1.0))
+    steps = generation(make(target_error=0.04, measure_every=5, first_order=False), power(0.2, 1.0))
     assert [s.step for s in steps if s.sums] == [WARM_UP - LAG, 6, 7, 8, 9, 11, 16, 21, 26]
     assert not any(s.sums for s in generation(make(density=0.2, measure_every=0), power(0.2, 1.0)))
     easier = lambda d, step: power(0.2 if step < 20 else 0.05, 1.0)(d, step)  # noqa: E731
-    steps = generation(make(target_error=0.04, measure_every=15), easier)
+    steps = generation(make(target_error=0.04, measure_every=15, first_order=False), easier)
     assert [s.step for s in steps if s.sums][5:] == [21, 21 + LAG, 21 + 2 * LAG], "a new density, each time"
 
 
@@ -163,7 +170,7 @@ def test_of_few_steps_the_last_have_density_to_spare(steps: int) -> None:
 
 def test_with_more_steps_nothing_depends_on_their_number() -> None:
     def decisions(num_steps: int, warm_up: int) -> list[Decision]:
-        control, found = make(target_error=0.01), []
+        control, found = make(target_error=0.01, first_order=False), []
         for step in range(FEW_STEPS):
             first = step < warm_up
             found.append(control.warm_up(step, warm_up) if first else control.decide(step, False, num_steps))
@@ -250,7 +257,7 @@ def test_densities_stay_within_their_bounds() -> None:
 
 
 def test_without_a_target_the_density_is_the_one_that_was_set() -> None:
-    for options, density in (({"density": 0.3}, 0.3), ({"preset": "svg_ear"}, None)):
+    for options, density in (({"density": 0.3, "first_order": False}, 0.3), ({"preset": "svg_ear"}, None)):
         control = make(**options)
         assert all(control.warm_up(step, 6).measure is None for step in range(6))
         assert {control.decide(step).density for step in range(6, 20)} == {density}
@@ -287,12 +294,24 @@ def test_the_same_measurements_the_same_decisions() -> None:
     assert control.LAG == 2
 
 
-def trial_of(control: Control, cubes: Tensor, splits: Tensor, heads: int = 3) -> Decision:
-    """The decision two steps after a trial with these errors [densities, heads] in the two orders."""
+def lost(*errors: Tensor) -> Tensor:
+    """Sums of these errors, each [densities, heads]: of forms, form by form inside a density."""
+    squares = torch.stack(errors, 1).flatten(0, 1).square()
+    return torch.stack([squares, torch.ones_like(squares)], 1)[:, :, None]
+
+
+def trial_of(
+    control: Control, cubes: Tensor, splits: Tensor, cubes_first: Tensor | None = None,
+    splits_first: Tensor | None = None,
+) -> Decision:  # fmt: skip
+    """The decision two steps after a trial with these errors [densities, heads] in the two orders, without
+    and with first-order terms, which by default make them larger."""
     decision = control.warm_up(4, WARM_UP)
     assert decision.orders == ORDERS
-    lost = torch.cat([cubes, splits]).square()
-    control.ran(4, decision, torch.stack([lost, torch.ones_like(lost)], 1)[:, :, None])
+    assert decision.terms
+    cubes_first = 2 * cubes if cubes_first is None else cubes_first
+    splits_first = 2 * splits if splits_first is None else splits_first
+    control.ran(4, decision, torch.cat([lost(cubes, cubes_first), lost(splits, splits_first)]))
     return control.decide(WARM_UP)
 
 
@@ -315,19 +334,93 @@ def test_a_head_goes_by_splits_where_its_error_is_clearly_smaller() -> None:
 def test_the_density_is_that_of_the_chosen_order() -> None:
     """Splits at half the error: as if only they had been tried."""
     chosen = trial_of(known(target_error=0.04), CUBES, CUBES / 2)
-    alone = make(target_error=0.04)
+    alone = make(target_error=0.04, first_order=False)
     decision = alone.warm_up(4, WARM_UP)
-    lost = (CUBES / 2).square()
-    alone.ran(4, decision, torch.stack([lost, torch.ones_like(lost)], 1)[:, :, None])
+    alone.ran(4, decision, lost(CUBES / 2))
     assert chosen.split_heads == (True, True, True)
     assert chosen.density == alone.decide(WARM_UP).density
     assert (chosen.density or 1) < (trial_of(known(target_error=0.04), CUBES, CUBES).density or 0)
 
 
-def test_orders_are_tried_only_where_there_is_a_choice() -> None:
-    for options in ({"order": "cubes"}, {"measure_every": 0}):
+def test_a_head_gets_first_order_terms_where_its_error_is_clearly_smaller() -> None:
+    """Of four forms the one with the smallest error once its cost is counted."""
+    better = CUBES * torch.tensor([0.95, 1.05, 0.3]) * FIRST_ORDER_WORTH
+    for one in (known(target_error=0.04), known(density=0.3)):
+        chosen = trial_of(one, CUBES, CUBES, better)
+        assert (chosen.split_heads, chosen.first_order) == ((), (True, False, True))
+    both = CUBES * torch.tensor([0.90, 1.05, 1.05]) * FIRST_ORDER_WORTH * WORTH
+    splits = CUBES * torch.tensor([1.0, 0.9, 1.0])
+    chosen = trial_of(known(density=0.3), CUBES, splits, better, both)
+    assert (chosen.split_heads, chosen.first_order) == ((True, False, False), (True, False, True))
+    nothing = torch.full_like(CUBES, math.nan)
+    assert trial_of(known(density=0.3), CUBES, nothing, nothing, nothing).first_order == ()
+    everything = trial_of(known(density=0.3), nothing, nothing, CUBES, nothing)
+    assert (everything.split_heads, everything.first_order) == ((), (True,) * 3)
+    endless = torch.full_like(CUBES, math.inf)
+    assert trial_of(known(density=0.3), endless, endless, endless, endless).first_order == ()
+
+
+def test_the_density_is_that_of_the_chosen_form() -> None:
+    chosen = trial_of(known(target_error=0.04), 4 * CUBES, 3 * CUBES, CUBES, 2 * CUBES)
+    alone = make(target_error=0.04, first_order=False)
+    alone.ran(4, alone.warm_up(4, WARM_UP), lost(CUBES))
+    assert chosen.first_order == (True,) * 3
+    assert chosen.density == alone.decide(WARM_UP).density
+
+
+def test_forms_are_chosen_again_in_mid_generation() -> None:
+    """At its density, once, in a call that makes orders anew; other orders are made at once."""
+    control = known(density=0.3)
+    assert trial_of(control, CUBES[:1], CUBES[:1]).split_heads == ()
+    tries = []
+    for step in range(WARM_UP + 1, STEPS):
+        decision = control.decide(step, num_steps=STEPS)
+        measured = None if decision.measure is None else sums(0.1)
+        if decision.orders:
+            tries.append(step)
+            assert decision.anew
+            assert (decision.measure, decision.orders, decision.terms) == ((0.3,), ORDERS, True)
+            of_forms = [lost(CUBES[:1], CUBES[:1] / 2), lost(CUBES[:1] / 2, CUBES[:1] / 3)]
+            measured = torch.cat([lost(CUBES[:1]), *of_forms])
+        control.ran(step, decision, measured)
+        if tries and step == tries[0] + 1:
+            assert (decision.split_heads, decision.first_order) == ((), ()), "nothing read yet"
+        if tries and step == tries[0] + LAG:
+            assert (decision.split_heads, decision.first_order) == ((True,) * 3, (True,) * 3)
+            assert decision.anew, "no orders of these heads are there"
+        if tries and step == tries[0] + LAG + 1:
+            assert not decision.anew
+    assert len(tries) == 1
+    assert MIDDLE * STEPS <= tries[0] < MIDDLE * STEPS + RESPLIT
+
+
+def test_what_is_tried_in_mid_generation_steers() -> None:
+    """The error that counts is that of the chosen form; the report shows that of the call itself."""
+    control = known(target_error=0.04)
+    for step in range(STEPS):
+        decision = control.decide(step, num_steps=STEPS)
+        measured = None if decision.measure is None else sums(0.04 * AIM)
+        if decision.orders:
+            halves = lost(torch.full((1, 2), 0.04), torch.full((1, 2), 0.02))
+            measured = torch.cat([sums(0.04), halves.clone(), halves])
+        control.ran(step, decision, measured)
+        if decision.orders:
+            before = control.density
+            assert control.steps[-1].error() == pytest.approx((0.04, 0.04), rel=0.5)
+            break
+    control.decide(step + LAG, num_steps=STEPS)
+    assert control.first_order == (True, True)
+    assert (control.density or 1) < 0.8 * (before or 0)
+
+
+def test_forms_are_tried_only_where_there_is_a_choice() -> None:
+    cubes = {"order": "cubes", "first_order": False}
+    for options in (cubes, {"measure_every": 0}):
         assert known(density=0.3, **options).warm_up(4, WARM_UP).measure is None
-    assert make(density=0.3).warm_up(4, WARM_UP).measure is None, "no grid, no cubes"
+        assert not any(s.decision.terms for s in generation(known(density=0.3, **options), power(0.2, 1.0)))
+    assert make(density=0.3, first_order=False).warm_up(4, WARM_UP).measure is None, "no grid, no cubes"
+    assert make(density=0.3).warm_up(4, WARM_UP).orders == ()
+    assert make(density=0.3).warm_up(4, WARM_UP).terms
     assert known(target_error=0.04, order="splits").warm_up(4, WARM_UP).orders == ()
     assert known(density=0.3).warm_up(3, WARM_UP).orders == ()
     assert known(density=0.3).warm_up(4, WARM_UP, tries=False).measure is None

@@ -77,8 +77,9 @@ def generation(inputs: Callable[[int], QKV], **options: float) -> tuple[Control,
     for step in range(STEPS):
         decision = control.decide(step)
         call = context.Call(strict=True, density={SITE: decision.density})
+        call.first_order[SITE] = decision.first_order
         if decision.measure is not None:
-            call.measure[SITE] = Measure(step, decision.measure)
+            call.measure[SITE] = Measure(step, decision.measure, decision.orders, decision.terms)
         if decision.dense:
             call.dense[SITE] = decision.dense
         qkv = inputs(step)

@@ -33,6 +33,7 @@ def test_defaults() -> None:
         ("max_error", "0", 0.0),
         ("measure_every", "2", 2),
         ("audit", "1", True),
+        ("first_order", "0", False),
         ("min_tokens", "512", 512),
         ("sites", "blocks.*.attn1, *.attn", ("blocks.*.attn1", "*.attn")),
         ("dense_steps", "6", 6),
@@ -253,6 +254,7 @@ def test_presets_are_the_papers() -> None:
         ({"preset": "svg_ear"}, {"SVG_EAR_ORDER": "splits"}),
         ({"order": "auto"}, {"SVG_EAR_PRESET": "svg_ear"}),
         ({"preset": "svg2", "order": "cubes"}, {}),
+        ({"preset": "svg_ear", "first_order": True}, {}),
         ({"preset": "svg2", "compensate": True}, {}),
         ({"compensate": True}, {"SVG_EAR_PRESET": "svg2"}),
     ],
@@ -261,6 +263,16 @@ def test_conflicts_with_the_preset(options: dict[str, Any], environ: dict[str, s
     preset = options.get("preset") or environ["SVG_EAR_PRESET"]
     with pytest.raises(SettingsError, match=f"contradicts preset '{preset}'"):
         resolve(options, environ)
+
+
+@pytest.mark.parametrize("name", ["compensate", "merge"])
+def test_first_order_terms_need_centroids_and_one_op(name: str) -> None:
+    assert DEFAULTS.first_order
+    found = resolve({name: False}, {})
+    assert (found.settings.first_order, found.sources["first_order"]) == (False, name)
+    assert not resolve({name: False, "first_order": False}, {}).settings.first_order
+    with pytest.raises(SettingsError, match=f"first_order=True \\(options\\) contradicts {name}=False"):
+        resolve({name: False, "first_order": True}, {})
 
 
 def test_the_rest_goes_to_inductor() -> None:

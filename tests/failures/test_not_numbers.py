@@ -33,7 +33,8 @@ def packed(bad: float = 0.0, which: int = 0, tokens: tuple[int, ...] = ()) -> Te
 @pytest.mark.parametrize("merge", [True, False])
 @pytest.mark.parametrize("masked", [True, False])
 def test_they_stay_where_they_are(masked: bool, merge: bool, preset: str) -> None:
-    run = compiled(model, {**EAGER, "sites": "*", "density": 0.3, "merge": merge, "preset": preset})
+    options = {**EAGER, "sites": "*", "density": 0.3, "merge": merge, "preset": preset}
+    run = compiled(model, {**options, "measure_every": 0})  # or heads would go by other forms after a while
     mask = (torch.arange(LENGTH) < 260).expand(BATCH, 1, 1, -1) if masked else None
     clean = run(packed(), mask)
     assert clean.isfinite().all()

@@ -1,4 +1,4 @@
-"""First-order terms: against the fp64 formula, against the derivative that they are, and where there are none."""
+"""First-order terms: against the fp64 formula, against the derivative that they are, and where none are."""
 
 from __future__ import annotations
 

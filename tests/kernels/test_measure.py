@@ -112,7 +112,7 @@ def test_a_trial_is_what_the_sparse_call_then_measures(order, routing, masked, m
     attend(sparse, constants(order, routing), attn_mask)
     assert dense.measured[SITE].shape == (2, 2, 2, 3)
     if order != "kmeans":  # which finds other clusters when it goes on
-        torch.testing.assert_close(dense.measured[SITE][1], sparse.measured[SITE][0], rtol=1e-3, atol=0)
+        torch.testing.assert_close(dense.measured[SITE][1], sparse.measured[SITE][0], rtol=1e-3, atol=1e-9)
     few, many = dense.measured[SITE][:, 0].sum((1, 2))
     assert 0 < many < 0.8 * few
 
@@ -134,6 +134,44 @@ def test_orders_are_tried_on_the_same_rows() -> None:
     whole = both.measured[SITE][:, 1]
     assert torch.equal(whole, whole[:1].expand_as(whole)), "the same rows, the same exact output"
     assert not torch.equal(both.measured[SITE][0], both.measured[SITE][2])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_forms_are_what_sparse_calls_of_them_measure(masked, monkeypatch) -> None:
+    """Orders with and without first-order terms, in a dense call and in a sparse one behind its own error."""
+    monkeypatch.setattr(measure, "ROWS", 10**6)
+    monkeypatch.setattr(measure, "TRIAL_ROWS", 10**6)
+    attn_mask, orders, forms = mask() if masked else None, ("cubes", "splits"), []
+    for order in orders:
+        for heads in ((), (True,) * 3):
+            one = call(density={SITE: 0.3}, first_order={SITE: heads})
+            attend(one, constants(order), attn_mask)
+            forms.append(one.measured[SITE])
+    expected = torch.cat(forms)
+    assert not torch.allclose(expected[0], expected[1], rtol=1e-2), "terms make a difference"
+    request = {SITE: Measure(5, (0.3,), orders, True)}
+    dense = context.Call(strict=True, measure=request, dense={SITE: "a test"})
+    attend(dense, constants("auto"), attn_mask)
+    torch.testing.assert_close(dense.measured[SITE], expected, rtol=1e-3, atol=1e-9)
+    sparse = context.Call(strict=True, measure=request, split_heads={SITE: (True,) * 3}, density={SITE: 0.3})
+    attend(sparse, constants("auto"), attn_mask)
+    torch.testing.assert_close(sparse.measured[SITE][0], expected[2], rtol=1e-3, atol=1e-9)
+    torch.testing.assert_close(sparse.measured[SITE][1:], expected, rtol=1e-3, atol=1e-9)
+    apart = context.Call(strict=True, measure=request, density={SITE: 0.3})
+    attend(apart, constants("cubes"), attn_mask, merged=False)
+    assert len(apart.measured[SITE]) == 1, "three ops only measure"
+
+
+def test_a_trial_takes_heads_in_groups_or_at_once(monkeypatch) -> None:
+    found = []
+    for group in (1, 2**40):
+        monkeypatch.setattr(measure, "_CHUNK_BYTES", group)
+        running = context.Call(
+            strict=True, measure={SITE: Measure(5, (0.3,), (), True)}, dense={SITE: "a test"}
+        )
+        attend(running, constants(), mask())
+        found.append(running.measured[SITE])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("merged", [True, False])
