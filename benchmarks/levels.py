@@ -39,7 +39,7 @@ class Row(NamedTuple):
 
     density: of the sparse calls, None if there were none. sparse, dense: calls, the dense ones by reason.
     worst_first, worst_later: the largest true error over its target in the first two sparse steps of a layer
-    and branch, and later; None if there were none, or not audited.
+    and branch, and later; None if there were none, or not audited. splits, first_order: as in quality.py.
     """
 
     model: str
@@ -52,6 +52,8 @@ class Row(NamedTuple):
     dense: dict[str, int]
     worst_first: float | None = None
     worst_later: float | None = None
+    splits: float = 0.0
+    first_order: float = 0.0
 
     @property
     def sparse_share(self) -> float:
@@ -64,10 +66,12 @@ class Row(NamedTuple):
     def expected_time(self, times: Times) -> float:
         """Of all attention calls over dense ones, at the size of `times`.
 
-        A dense call takes as long as a dense call; a sparse one is taken to be linear in its density.
+        A dense call takes as long as a dense call; a sparse one is taken to be linear in its density, and in
+        the shares of heads in splits and with first-order terms.
         """
         fixed, more = times.line()
-        sparse = fixed + more * (self.density or 0.0)
+        density = self.density or 0.0
+        sparse = fixed + more * density + times.extra(density, self.splits, self.first_order)
         return 1 - self.sparse_share * (1 - sparse / times.dense)
 
 
@@ -95,7 +99,7 @@ def _row(clips: Clips, level: str, dense: list[Tensor], audit: bool) -> Row:
     density = totals["measured_density"] if totals["sparse_calls"] else None
     return Row(
         clips.model, level, clips.steps, psnr, ssim, density, totals["sparse_calls"], totals["dense_calls"],
-        *(max(found, default=None) for found in ratios),
+        *(max(found, default=None) for found in ratios), totals["split_share"], totals["first_order_share"],
     )  # fmt: skip
 
 

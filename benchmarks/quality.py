@@ -29,7 +29,8 @@ from svg_ear_compile import quality, report
 DENSE_STEPS = 0.2
 RUNS: dict[str, dict[str, Any]] = {
     "default": {},
-    "default, cubes only": {"order": "cubes"},
+    "default, centroids only": {"first_order": False},
+    "default, centroids and cubes only": {"first_order": False, "order": "cubes"},
     "default, skipped blocks dropped": {"order": "cubes", "compensate": False},
     "svg_ear": {"preset": "svg_ear"},
     "svg2": {"preset": "svg2"},
@@ -39,8 +40,8 @@ RUNS: dict[str, dict[str, Any]] = {
 class Row(NamedTuple):
     """One run. asked, density: the setting and what was measured; psnr, ssim: one value a clip.
 
-    error: median relative error of the sparse calls that were measured. splits: share of the heads of sparse
-    calls whose tokens were put into blocks by balanced splits.
+    error: median relative error of the sparse calls that were measured. splits, first_order: share of the
+    heads of sparse calls whose tokens were put into blocks by balanced splits, that had first-order terms.
     """
 
     model: str
@@ -51,6 +52,7 @@ class Row(NamedTuple):
     ssim: list[float]
     error: float
     splits: float
+    first_order: float = 0.0
 
 
 def measure(
@@ -70,29 +72,32 @@ def measure(
 
 
 def _row(clips: Clips, name: str, asked: float, dense: list[Tensor], options: dict[str, Any]) -> Row:
-    psnr, ssim, errors, shares = [], [], [], []
+    psnr, ssim, errors, splits, first_order = [], [], [], [], []
     for reference, clip in zip(dense, clips.sampled(f"{name} {asked:g}", options), strict=True):
         psnr.append(quality.psnr(reference, clip))
         ssim.append(quality.ssim(reference, clip))
         told = report()
         errors += [call.error for call in told.errors() if call.error is not None]
-        shares.append(told.totals()["split_share"])
+        splits.append(told.totals()["split_share"])
+        first_order.append(told.totals()["first_order_share"])
     density = told.totals()["measured_density"]
     return Row(
-        clips.model, name, asked, density, psnr, ssim, statistics.median(errors), statistics.mean(shares)
-    )
+        clips.model, name, asked, density, psnr, ssim, statistics.median(errors), statistics.mean(splits),
+        statistics.mean(first_order),
+    )  # fmt: skip
 
 
 def table(rows: Sequence[Row]) -> str:
     headers = ("model", "run", "density", "measured", "PSNR dB", "worst", "SSIM", "error", "in splits")
+    headers += ("first order",)
     cells = [
         (
             r.model, r.name, r.asked, r.density, statistics.mean(r.psnr), min(r.psnr),
-            statistics.mean(r.ssim), r.error, r.splits,
+            statistics.mean(r.ssim), r.error, r.splits, r.first_order,
         )
         for r in rows
     ]  # fmt: skip
-    return tabulate(cells, headers, floatfmt=("", "", ".2f", ".3f", ".2f", ".2f", ".4f", ".4f", ".0%"))
+    return tabulate(cells, headers, floatfmt=("", "", ".2f", ".3f", ".2f", ".2f", ".4f", ".4f", ".0%", ".0%"))
 
 
 def write(rows: Sequence[Row], path: Path, told: dict[str, Any]) -> None:

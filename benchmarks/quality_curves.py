@@ -20,12 +20,13 @@ from svg_ear_compile.control import RESPLIT
 SHAPE = "Wan 14B 720p"
 PRESET_OF = {
     "default": "default",
-    "default, cubes only": "default",
+    "default, centroids only": "default",
+    "default, centroids and cubes only": "default",
     "default, skipped blocks dropped": "dropped",
     "svg_ear": "svg_ear",
     "svg2": "svg2",
 }
-"""The preset of attention.py that takes a run's time. The default's heads in splits: see Times.of."""
+"""The preset of attention.py that takes a run's time, but for the forms of its heads: see Times.extra."""
 NEAR = 0.005
 """A density so little beyond the measured ones counts as the last of them: blocks do not hit it exactly."""
 LOW, HIGH = 0.1, 0.3
@@ -60,15 +61,25 @@ class Times:
         return float(np.interp(density, densities, [p[2 if free else 1] for p in points]))
 
     def of(self, row: Row, free: bool = False) -> float | None:
-        """Of a run. Where some of its heads are in splits: cubes + their share x (splits - cubes), with
-        splits that are made in one call of RESPLIT, as they are."""
+        """Of a run."""
         time = self.call(PRESET_OF[row.name], row.density, free)
-        if time is None or not row.splits:
-            return time
-        anew, again = (self.call("splits", row.density, x) for x in (free, True))
-        if anew is None or again is None:
-            return None
-        return time + row.splits * (again + (anew - again) / RESPLIT - time)
+        return None if time is None else time + self.extra(row.density, row.splits, row.first_order, free)
+
+    def extra(self, density: float, splits: float, first_order: float, free: bool = False) -> float:
+        """What the shares of heads in splits and with first-order terms add to the default's time, from
+        calls in which all heads are so; with splits that are made in one call of RESPLIT, as they are."""
+
+        def at(preset: str, column: int) -> float:
+            points = self._points[preset]
+            return float(np.interp(density, [p[0] for p in points], [p[column] for p in points]))
+
+        found = 0.0
+        if splits:
+            anew, again = at("splits", 2 if free else 1), at("splits", 2)
+            found += splits * (again + (anew - again) / RESPLIT - at("default", 2 if free else 1))
+        if first_order:
+            found += first_order * (at("first_order", 1) - at("default", 1))
+        return found
 
     def line(self) -> tuple[float, float]:
         """(ms at density 0, more ms for each unit of density) of the default, by least squares."""

@@ -59,7 +59,8 @@ def test_every_model_is_measured(model: str, other: str, tmp_path: Path) -> None
 def test_runs_are_what_a_user_may_set() -> None:
     found = {name: resolve(run, {}).settings for name, run in import_benchmark("quality").RUNS.items()}
     assert found["default"].order == "auto"
-    assert found["default, cubes only"].order == "cubes"
+    assert found["default, centroids and cubes only"].order == "cubes"
+    assert [name for name, settings in found.items() if settings.first_order] == ["default"]
     assert [name for name, settings in found.items() if not settings.compensate] == [
         "default, skipped blocks dropped", "svg2",
     ]  # fmt: skip
@@ -123,20 +124,20 @@ def record(preset: str, density: float, total: float, free: float | None = None,
 
 
 def records() -> list[Any]:
-    """The default takes 10 + 200 d ms, splits 8 more, the paper 30 more of which 25 are clustering."""
+    """The default takes 10 + 200 d ms, splits 8 more, first-order terms 4, the papers 30 (25: clustering)."""
     found = []
     for density in (0.1, 0.2, 0.3):
         base = 10 + 200 * density
         found += [record("default", density, base), record("dropped", density, base - 2)]
-        found += [record("splits", density, base + 8, base + 1)]
+        found += [record("splits", density, base + 8, base + 1), record("first_order", density, base + 4)]
         found += [record(paper, density, base + 30, base + 5) for paper in ("svg_ear", "svg2")]
     return found
 
 
-def row(name: str, density: float, psnr: float, splits: float = 0.0) -> Any:
+def row(name: str, density: float, psnr: float, splits: float = 0.0, first_order: float = 0.0) -> Any:
     """PSNR is a mean of two clips."""
     return import_benchmark("quality").Row(
-        "wan", name, density, density, [psnr - 1, psnr + 1], [0.9, 0.9], 0.05, splits
+        "wan", name, density, density, [psnr - 1, psnr + 1], [0.9, 0.9], 0.05, splits, first_order
     )
 
 
@@ -155,7 +156,9 @@ def test_the_time_of_a_call_is_linear_between_measured_densities() -> None:
     assert times.line() == pytest.approx((10, 200))
     assert times.of(row("default", 0.2, 30, splits=0.25)) == pytest.approx(50 + 0.25 * (1 + 7 / RESPLIT))
     assert times.of(row("default", 0.2, 30, splits=0.25), free=True) == pytest.approx(50 + 0.25 * 1)
-    assert times.of(row("default, cubes only", 0.2, 30)) == pytest.approx(50)
+    assert times.of(row("default, centroids and cubes only", 0.2, 30)) == pytest.approx(50)
+    both = row("default", 0.2, 30, splits=0.25, first_order=0.5)
+    assert times.of(both) == pytest.approx(50 + 0.25 * (1 + 7 / RESPLIT) + 0.5 * 4)
     assert times.of(row("default, skipped blocks dropped", 0.2, 30)) == pytest.approx(48)
 
 
@@ -212,7 +215,18 @@ def test_page_and_picture_from_what_was_written(tmp_path: Path) -> None:
     ]
     quality.write(rows, tmp_path / "rows.json", told)
     level = levels.Row(
-        "wan", "high", 8, [math.inf], [1.0], 0.3, 60, {"warm-up steps": 30, levels.GUARD: 10}, 1.5, 0.5
+        "wan",
+        "high",
+        8,
+        [math.inf],
+        [1.0],
+        0.3,
+        60,
+        {"warm-up steps": 30, levels.GUARD: 10},
+        1.5,
+        0.5,
+        0.0,
+        0.5,
     )
     levels.write([level], tmp_path / "levels.json", told)
     attention = {"run": {"device": "a chip"}, "records": records()}
@@ -243,7 +257,7 @@ def test_page_and_picture_from_what_was_written(tmp_path: Path) -> None:
     assert cells("wan", "svg2", "free") == ["+7.5 / +7.5 / +7.5", "1.25 / 1.35 / 1.50"]
     assert cells("wan", "high", "8") == [
         "inf", "inf", "1.0000", "0.300", "0.580", "40%: 30% warm-up steps, 10% error beyond max_error",
-        "1.50", "0.50", "10", "0.61",
+        "1.50", "0.50", "10", "0.62",
     ]  # fmt: skip
     assert "](picture.png)" in printed
     assert (tmp_path / "picture.png").stat().st_size > 1000
