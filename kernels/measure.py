@@ -21,7 +21,7 @@ from .plan import Plan
 ROWS = 64
 """Rows of each head. Fewer cost the same on a GPU, where reading all keys and values is what takes time."""
 TRIAL_ROWS = 256
-"""The same for what a dense call tries, once in a generation: much of a head's error may lie in few rows. The
+"""The same for what a call tries, twice in a generation: much of a head's error may lie in few rows. The
 logarithm of the ratio of a head's errors in two orders has, on the tiny Wan, a standard deviation of 0.09 to
 0.57 with 64 rows, and of 0.04 to 0.34 with these."""
 

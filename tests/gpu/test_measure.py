@@ -13,6 +13,7 @@ from torch import Tensor
 from svg_ear_compile.control import Sums
 from svg_ear_compile.kernels import context, measure, ops, reference  # noqa: F401 - registers the ops
 from svg_ear_compile.kernels.constants import SiteConstants
+from svg_ear_compile.settings import resolve
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 TEXT, GRID = 40, (5, 12, 13)
@@ -48,15 +49,39 @@ def test_nothing_waits_before_it_is_read():
     qkv = inputs(SHAPE)
     attend(qkv, context.Measure(1))
     attend(qkv, context.Measure(1, (0.2, 0.5)), dense=True)
+    attend(qkv, context.Measure(1, (0.3,), ("cubes", "splits"), True))
     Sums(torch.zeros(1, 2, 2, 3, device="cuda"))  # the first pinned allocation may wait
     torch.cuda.synchronize()
     with no_waiting():
         _, sparse = attend(qkv, context.Measure(1))
         _, dense = attend(qkv, context.Measure(1, (0.2, 0.5)), dense=True)
+        attend(qkv, context.Measure(1, (0.3,), ("cubes", "splits"), True))
         sums = [Sums(call.measured[SITE]) for call in (sparse, dense)]
     ((error, worst),), (low, high) = (s.errors() for s in sums)
     assert 0 < error < worst < 1
     assert 0 < high[0] < low[0] < 1
+
+
+def test_forms_are_what_sparse_calls_of_them_measure(monkeypatch):
+    """Orders with and without first-order terms, tried in a dense and in a sparse call, on all rows."""
+    monkeypatch.setattr(measure, "ROWS", 10**6)
+    monkeypatch.setattr(measure, "TRIAL_ROWS", 10**6)
+    qkv, density = inputs(SHAPE), CONSTANTS.density
+    request, forms = context.Measure(1, (density,), ("cubes", "splits"), True), []
+    for split in ((), (True,) * 3):
+        for first_order in ((), (True,) * 3):
+            one = context.Call(
+                strict=True, measure={SITE: context.Measure(1)}, split_heads={SITE: split},
+                first_order={SITE: first_order},
+            )  # fmt: skip
+            with context.active(one):
+                torch.ops.svg_ear.attention(*qkv, None, *CONSTANTS)
+            forms.append(one.measured[SITE])
+    expected = torch.cat(forms)
+    _, dense = attend(qkv, request, dense=True)
+    _, sparse = attend(qkv, request)
+    torch.testing.assert_close(dense.measured[SITE], expected, rtol=0.05, atol=0)
+    torch.testing.assert_close(sparse.measured[SITE], torch.cat([forms[0], expected]), rtol=0.05, atol=0)
 
 
 def test_the_same_bits_twice_and_another_seed_is_another_sample():
@@ -76,11 +101,11 @@ def test_a_trial_is_what_the_sparse_call_then_makes(monkeypatch):
     torch.testing.assert_close(dense.measured[SITE], sparse.measured[SITE], rtol=0.05, atol=0)
 
 
-@pytest.mark.xfail(reason="0.1 ms of work in 1.1 ms: one block of queries a head leaves most of the GPU idle")
-def test_a_measurement_takes_a_small_share_of_the_call():
-    """Of 720p video, 8 heads: medians of 15 calls with and without, in turns. One in four is measured."""
+@pytest.mark.parametrize(("heads", "share"), [(8, 0.01), (40, 0.003)])
+def test_a_measurement_takes_a_small_share_of_the_call(heads, share):
+    """Of 720p video, averaged over calls of which one in four is measured; medians of 15 in turns."""
     grid = (21, 45, 80)
-    qkv = inputs((1, 8, math.prod(grid), 128))
+    qkv = inputs((1, heads, math.prod(grid), 128))
     constants = SiteConstants(None, 0, False, list(grid), "auto", "output_error", True, 0.25, 0, SITE)
 
     def milliseconds(measured: bool) -> float:
@@ -97,4 +122,4 @@ def test_a_measurement_takes_a_small_share_of_the_call():
     times = [(milliseconds(False), milliseconds(True)) for _ in range(18)][3:]
     without, with_it = (statistics.median(column) for column in zip(*times, strict=True))
     print(f"{without:.2f} ms, measured {with_it:.2f} ms: {with_it / without - 1:+.2%} of the call")
-    assert with_it / without < 1.03
+    assert (with_it / without - 1) / resolve({}, {}).settings.measure_every < share

@@ -1,0 +1,103 @@
+"""What do measured errors and the choice of forms cost, at real video sizes? One command, one table.
+
+    python benchmarks/measuring.py [--shapes wan,hunyuan,cogvideox --density .25 --json PATH]
+
+Medians of CUDA events around one call. "measured": with the error on 64 rows of each head. "choosing": with a
+trial as `control.py` asks for it, all orders with and without first-order terms: of two densities in a dense
+call, of one in a sparse call; each happens once in a generation. "of a generation": what all of that adds to
+the attention time of 50 steps, of which 10 are dense and the others sparse and measured as by default.
+"error" and "tried": what the measured call and the trial of the very form say of one error, from different
+rows: they should agree to some 10%.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from timing import milliseconds
+from tqdm import tqdm
+from video_shapes import SHAPES, Inputs, Shape, make_inputs, padding_mask
+
+from svg_ear_compile.control import FIRST_CALLS, ORDERS, TRIAL
+from svg_ear_compile.kernels import context, ops  # noqa: F401 - registers the ops
+from svg_ear_compile.settings import Settings
+
+STEPS, DENSE_STEPS = 50, 10
+
+
+def measured_calls(sparse: int, every: int) -> int:
+    """How many of so many sparse calls are measured, if the density stays."""
+    return sum(call < FIRST_CALLS or call % every == 0 for call in range(sparse))
+
+
+def measure(shape: Shape, inputs: Inputs, density: float, repeats: int) -> dict[str, Any]:
+    told, fixed = Settings(), {}
+    constants = (
+        None, shape.text, shape.text_first, list(shape.grid), "auto", told.routing, True, density, 0, 0,
+    )  # fmt: skip
+    mask = padding_mask(shape)
+    measured: dict[str, torch.Tensor] = {}
+
+    def time(name: str, request: context.Measure | None, dense: bool) -> float:
+        def call(i: int) -> None:
+            running = context.Call(
+                strict=True, measure={} if request is None else {0: request}, fixed=fixed,
+                dense={0: "to be timed"} if dense else {},
+            )  # fmt: skip
+            running.seen_keys[0] = shape.length - shape.padded
+            with context.active(running):
+                torch.ops.svg_ear.attention(*inputs[i % len(inputs)], mask, *constants)
+            if request is not None:
+                measured[name] = running.measured[0]
+
+        return milliseconds(call, repeats, warmup=2)
+
+    times = {
+        "dense ms": time("dense", None, True),
+        "choosing, dense ms": time("chosen", context.Measure(1, TRIAL, ORDERS, True), True),
+        "sparse ms": time("sparse", None, False),
+        "measured ms": time("measured", context.Measure(1), False),
+        "choosing, sparse ms": time("again", context.Measure(1, (density,), ORDERS, True), False),
+    }
+    dense, chosen, sparse, own, again = times.values()
+    sparse_calls = STEPS - DENSE_STEPS
+    more = chosen - dense + again - own + measured_calls(sparse_calls, told.measure_every) * (own - sparse)
+    errors = (measured["again"][:2, 0].sum((1, 2)) / measured["again"][:2, 1].sum((1, 2))).sqrt()
+    return {
+        "shape": shape.name, "heads": shape.heads, "density": density, **times,
+        "of a generation": more / (DENSE_STEPS * dense + sparse_calls * sparse),
+        "error": errors[0].item(), "tried": errors[1].item(),
+    }  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shapes", default="wan,hunyuan,cogvideox", help=f"of {', '.join(SHAPES)}")
+    parser.add_argument("--density", type=float, default=0.25)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--json", type=Path, help="writes the records, hardware and versions there")
+    arguments = parser.parse_args(argv)
+    records = []
+    for shape in tqdm([SHAPES[name] for name in arguments.shapes.split(",")], desc="shapes", disable=None):
+        inputs = [make_inputs(shape, seed) for seed in (0, 1)]
+        records.append(measure(shape, inputs, arguments.density, arguments.repeats))
+        del inputs
+        torch.cuda.empty_cache()
+    run = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "dtype": "bf16"}
+    if arguments.json is not None:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps({"run": run, "records": records}, indent=1) + "\n")
+    print(", ".join(run.values()))
+    print(tabulate(records, headers="keys", floatfmt=".4g"))
+
+
+if __name__ == "__main__":
+    main()
