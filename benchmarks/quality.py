@@ -3,8 +3,8 @@
     python benchmarks/quality.py [--steps 30 --size 16x128x128 --density .3,.2,.15,.1 --clips 4 --json PATH]
     python benchmarks/quality.py --model hunyuan --weights outputs/tiny_hunyuan/export
 
-Clips as in `tiny_clips.py`; the first 20% of the steps and layer 0 are dense throughout. PSNR and SSIM are
-against the dense clip, the mean over the clips and the worst; density is that of the sparse calls, measured.
+Clips as in `tiny_clips.py`; the first 20% of the steps and layer 0 are dense throughout. PSNR, SSIM and VMAF
+are against the dense clip, the mean over the clips and the worst; density is measured, over the sparse calls.
 "error" is the median over the sparse calls whose error was measured: of the output, over all heads, relative
 to exact attention of the same inputs. Nothing is timed: at these sizes a call is all launches.
 `quality_plot.py` joins what --json wrote with the times of `attention.py` at a real size.
@@ -38,7 +38,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 class Row(NamedTuple):
-    """One run. asked, density: the setting and what was measured; psnr, ssim: one value a clip.
+    """One run. asked, density: the setting and what was measured; psnr, ssim, vmaf: one value a clip.
 
     error: median relative error of the sparse calls that were measured. splits, first_order: share of the
     heads of sparse calls whose tokens were put into blocks by balanced splits, that had first-order terms.
@@ -50,6 +50,7 @@ class Row(NamedTuple):
     density: float
     psnr: list[float]
     ssim: list[float]
+    vmaf: list[float]
     error: float
     splits: float
     first_order: float = 0.0
@@ -72,32 +73,34 @@ def measure(
 
 
 def _row(clips: Clips, name: str, asked: float, dense: list[Tensor], options: dict[str, Any]) -> Row:
-    psnr, ssim, errors, splits, first_order = [], [], [], [], []
+    close: dict[str, list[float]] = {"psnr": [], "ssim": [], "vmaf": []}
+    errors, splits, first_order = [], [], []
     for reference, clip in zip(dense, clips.sampled(f"{name} {asked:g}", options), strict=True):
-        psnr.append(quality.psnr(reference, clip))
-        ssim.append(quality.ssim(reference, clip))
+        for metric, values in close.items():
+            values.append(getattr(quality, metric)(reference, clip))
         told = report()
         errors += [call.error for call in told.errors() if call.error is not None]
         splits.append(told.totals()["split_share"])
         first_order.append(told.totals()["first_order_share"])
     density = told.totals()["measured_density"]
     return Row(
-        clips.model, name, asked, density, psnr, ssim, statistics.median(errors), statistics.mean(splits),
-        statistics.mean(first_order),
+        clips.model, name, asked, density, **close, error=statistics.median(errors),
+        splits=statistics.mean(splits), first_order=statistics.mean(first_order),
     )  # fmt: skip
 
 
 def table(rows: Sequence[Row]) -> str:
-    headers = ("model", "run", "density", "measured", "PSNR dB", "worst", "SSIM", "error", "in splits")
-    headers += ("first order",)
+    headers = ("model", "run", "density", "measured", "PSNR dB", "worst", "SSIM", "VMAF", "error")
+    headers += ("in splits", "first order")
     cells = [
         (
             r.model, r.name, r.asked, r.density, statistics.mean(r.psnr), min(r.psnr),
-            statistics.mean(r.ssim), r.error, r.splits, r.first_order,
+            statistics.mean(r.ssim), statistics.mean(r.vmaf), r.error, r.splits, r.first_order,
         )
         for r in rows
     ]  # fmt: skip
-    return tabulate(cells, headers, floatfmt=("", "", ".2f", ".3f", ".2f", ".2f", ".4f", ".4f", ".0%", ".0%"))
+    formats = ("", "", ".2f", ".3f", ".2f", ".2f", ".4f", ".1f", ".4f", ".0%", ".0%")
+    return tabulate(cells, headers, floatfmt=formats)
 
 
 def write(rows: Sequence[Row], path: Path, told: dict[str, Any]) -> None:

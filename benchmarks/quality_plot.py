@@ -32,7 +32,7 @@ OURS, THEIRS = "default", ("svg_ear", "svg2")
 
 def table(rows: Sequence[Row], times: Times) -> str:
     head = (
-        "model", "run", "density", "PSNR dB", "worst", "SSIM", "error", "ms a call", "of dense",
+        "model", "run", "density", "PSNR dB", "worst", "SSIM", "VMAF", "error", "ms a call", "of dense",
         "clusters free",
     )  # fmt: skip
     cells = []
@@ -42,10 +42,10 @@ def table(rows: Sequence[Row], times: Times) -> str:
         cells.append(
             (
                 r.model, r.name, r.density, statistics.mean(r.psnr), min(r.psnr), statistics.mean(r.ssim),
-                r.error, call, of_dense, free,
+                statistics.mean(r.vmaf), r.error, call, of_dense, free,
             )
         )  # fmt: skip
-    formats = ("", "", ".3f", ".2f", ".2f", ".4f", ".4f", ".1f", ".2f", ".1f")
+    formats = ("", "", ".3f", ".2f", ".2f", ".4f", ".1f", ".4f", ".1f", ".2f", ".1f")
     return tabulate(cells, head, tablefmt="github", floatfmt=formats, missingval="-")
 
 

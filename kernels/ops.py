@@ -180,7 +180,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | Non
         else:
             scale = c.scale_of(query)
             terms = first_order.terms(plan, scale, context.current().first_order.get(c.site, ()))
-            out = kernels.attend(query, plan, scale, out, variable, terms)
+            out = kernels.attend(query, plan, scale, out, variable, terms=terms)
         keys = partial(dense_keys, key, value, attn_mask, c.site)
         trial = partial(try_forms, query, key, value, attn_mask, c)
         measure_call(query, keys, _checked(out, query), plan, c, trial)

@@ -34,7 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .plan import KEY_BLOCK, QUERY_BLOCK, Plan
+from .plan import KEY_BLOCK, QUERY_BLOCK, Plan, Terms
 from .triton_configs import Config, config_for, hopper_for
 from .triton_tiles import LN_2, LOG2_E, capability, descriptor, load_rows
 
@@ -82,21 +82,41 @@ def _step_pair(q, k0, v0, bias0, k1, v1, bias1, scale, top, total, acc, PRECISIO
 
 
 @triton.jit
+def _add_linear(acc, rows, in_block, share, matrix, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+                CHUNK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """acc + share * queries @ matrix. A few columns of the queries at a time, which lie at `rows`, from
+    memory again: registers hold no more."""
+    columns = tl.arange(0, BLOCK_D)
+    for start in tl.range(0, BLOCK_D, CHUNK, num_stages=1):
+        part = start + tl.arange(0, CHUNK)
+        x = tl.load(
+            rows[:, None] + part[None, :], mask=in_block[:, None] & (part < HEAD_DIM)[None, :], other=0.0
+        )
+        m = tl.load(
+            matrix + part[:, None] * HEAD_DIM + columns[None, :],
+            mask=(part < HEAD_DIM)[:, None] & (columns < HEAD_DIM)[None, :], other=0.0,
+        )  # fmt: skip
+        acc = tl.dot((x * share[:, None]).to(m.dtype), m, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
 def attention_kernel(
     query, key, value, key_centroids, value_centroids,
     query_order, query_offsets, key_offsets, bias, kept_count, kept_blocks,
-    tile_block, tile_first, exact, lse, out,
-    scale, H, L, Cq, Ck, tiles,
+    tile_block, tile_first, exact, lse, places, matrices, out,
+    scale, H, L, Cq, Ck, tiles, n,
     query_stride_b, query_stride_h, query_stride_l, out_stride_b, out_stride_h, out_stride_l,
     exact_stride_b, exact_stride_h, exact_stride_l,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr, EXACT: tl.constexpr, CENTROIDS: tl.constexpr, PARTS: tl.constexpr,
-    WALK: tl.constexpr, PAIR: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-    CENTROID_STAGES: tl.constexpr,
+    BLOCK_C: tl.constexpr, EXACT: tl.constexpr, CENTROIDS: tl.constexpr, TERMS: tl.constexpr,
+    CHUNK: tl.constexpr, PARTS: tl.constexpr, WALK: tl.constexpr, PAIR: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, CENTROID_STAGES: tl.constexpr,
 ):  # fmt: skip
     """The module's docstring. EXACT, CENTROIDS: the streams; without EXACT the state comes from exact and
-    lse, without CENTROIDS lse is written. PARTS: query tiles per block of equal tiles; 0: tile_block and
-    tile_first say which. WALK: key blocks may be longer than BLOCK_N. PAIR: two kept blocks at once."""
+    lse, without CENTROIDS lse is written. TERMS: whether some of the heads have first-order terms. PARTS:
+    query tiles per block of equal tiles; 0: tile_block and tile_first say which. WALK: key blocks may be
+    longer than BLOCK_N. PAIR: two kept blocks at once."""
     rank, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = batch * H + head
     row64 = row.to(tl.int64)
@@ -202,6 +222,7 @@ def attention_kernel(
             mask=inside, other=0.0,
         ).to(tl.float32)  # fmt: skip
 
+    kept_lse = top + tl.log2(total)
     if CENTROIDS:
         biases = bias + (row64 * Cq + block) * Ck
         for at in tl.range(0, Ck, BLOCK_C, num_stages=CENTROID_STAGES):
@@ -214,6 +235,18 @@ def attention_kernel(
         tl.store(lse + row64 * L + token, (top + tl.log2(total)) * LN_2, mask=in_block)
 
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    if TERMS:
+        place = tl.load(places + head)
+        if place >= 0:
+            base = tl.where(top == float("-inf"), 0.0, top)
+            kept_share = tl.exp2(kept_lse - base) / tl.where(total == 0.0, 1.0, total)
+            share = tl.where(total == 0.0, 0.0, tl.maximum(1.0 - kept_share, 0.0))
+            matrix = matrices + ((batch.to(tl.int64) * n + place) * Cq + block) * HEAD_DIM * HEAD_DIM
+            rows = (
+                query + batch.to(tl.int64) * query_stride_b + head.to(tl.int64) * query_stride_h
+                + token * query_stride_l
+            )  # fmt: skip
+            acc = _add_linear(acc, rows, in_block, share, matrix, HEAD_DIM, BLOCK_D, CHUNK, PRECISION)
     tl.store(
         out + batch.to(tl.int64) * out_stride_b + head.to(tl.int64) * out_stride_h
         + token[:, None] * out_stride_l + columns[None, :],
@@ -231,7 +264,7 @@ def sparse_exact(
 ) -> tuple[Tensor, Tensor]:
     """Writes the kept blocks' softmax into out [B,H,L,D]; returns (out, lse [B,H,L] float32)."""
     lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
-    _launch(query, plan, scale, out, None, lse, variable, config)
+    _launch(query, plan, scale, out, None, lse, variable, config, None)
     return out, lse
 
 
@@ -240,7 +273,7 @@ def centroid_compensation(
     variable: bool = True, config: Config | None = None,
 ) -> Tensor:  # fmt: skip
     """Writes the joint softmax of the exact part and the centroids into out and returns it."""
-    _launch(query, plan, scale, out, exact, lse.contiguous(), variable, config)
+    _launch(query, plan, scale, out, exact, lse.contiguous(), variable, config, None)
     return out
 
 
@@ -251,12 +284,13 @@ def attend(
     out: Tensor,
     variable: bool = True,
     config: Config | None = None,
+    terms: Terms | None = None,
 ) -> Tensor:
     """Both in one. Without a config the GPU's best kernel, which may be the one in triton_hopper.py."""
     chosen = config is None and scale > 0 and hopper_for(capability(query.device), query, variable)
     if chosen and (hopper := _hopper()) is not None:
-        return hopper.attend(query, plan, scale, out, schedule(plan, QUERY_BLOCK, variable)[0])
-    _launch(query, plan, scale, out, None, None, variable, config)
+        return hopper.attend(query, plan, scale, out, schedule(plan, QUERY_BLOCK, variable)[0], terms)
+    _launch(query, plan, scale, out, None, None, variable, config, terms)
     return out
 
 
@@ -298,7 +332,7 @@ def schedule(plan: Plan, block_m: int, variable: bool) -> tuple[Tensor, Tensor]:
 
 def _launch(
     query: Tensor, plan: Plan, scale: float, out: Tensor, exact: Tensor | None, lse: Tensor | None,
-    variable: bool, config: Config | None,
+    variable: bool, config: Config | None, terms: Terms | None,
 ) -> None:  # fmt: skip
     B, H, L, D = query.shape
     Cq, Ck = plan.bias.shape[-2:]
@@ -311,7 +345,8 @@ def _launch(
     if exact is not None and exact.stride(-1) != 1:
         exact = exact.contiguous()
     c = config or config_for(capability(query.device), D, query.dtype, variable)
-    options = meta(c, D, query.dtype, variable, exact is None, exact is not None or lse is None)
+    streams = exact is None, exact is not None or lse is None, terms is not None
+    options = meta(c, D, query.dtype, variable, *streams)
     tile_block, tile_first = schedule(plan, c.block_m, variable)
     tiles = tile_block.shape[-1] * max(options["PARTS"], 1)
     keys: list[Any] = [plan.key, plan.value, plan.key_centroids, plan.value_centroids]
@@ -319,21 +354,31 @@ def _launch(
         rows = (c.block_n, c.block_n, c.block_c, c.block_c)
         keys = [descriptor(x, n, options["BLOCK_D"]) for x, n in zip(keys, rows, strict=True)]
     state = out if exact is None else exact
+    places, matrices = (plan.kept_count, plan.key) if terms is None else terms  # unused without terms
     attention_kernel[(tiles, H, B)](
         query, *keys, plan.query_order, plan.query_offsets, plan.key_offsets, plan.bias, plan.kept_count,
-        plan.kept_blocks, tile_block, tile_first, state, plan.bias if lse is None else lse, out,
-        scale, H, L, Cq, Ck, tiles, *query.stride()[:3], *out.stride()[:3], *state.stride()[:3], **options,
+        plan.kept_blocks, tile_block, tile_first, state, plan.bias if lse is None else lse, places,
+        matrices, out, scale, H, L, Cq, Ck, tiles, matrices.shape[1], *query.stride()[:3], *out.stride()[:3],
+        *state.stride()[:3], **options,
     )  # fmt: skip
 
 
 def meta(
-    c: Config, head_dim: int, dtype: torch.dtype, variable: bool, exact: bool, centroids: bool
+    c: Config,
+    head_dim: int,
+    dtype: torch.dtype,
+    variable: bool,
+    exact: bool,
+    centroids: bool,
+    terms: bool = False,
 ) -> dict[str, Any]:
     """The kernel's compile-time constants and launch options."""
+    block_d = max(16, triton.next_power_of_2(head_dim))
     walk = variable or c.block_n < KEY_BLOCK
     return {
-        "HEAD_DIM": head_dim, "BLOCK_D": max(16, triton.next_power_of_2(head_dim)), "BLOCK_M": c.block_m,
+        "HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_M": c.block_m,
         "BLOCK_N": c.block_n, "BLOCK_C": c.block_c, "EXACT": exact, "CENTROIDS": centroids,
+        "TERMS": terms, "CHUNK": min(block_d, 16),
         "PARTS": 0 if variable else QUERY_BLOCK // c.block_m, "WALK": walk, "PAIR": c.pair and not walk,
         "TMA": c.tma, "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32", "STAGES": c.num_stages,
         "CENTROID_STAGES": c.centroid_stages, "num_warps": c.num_warps, "num_stages": c.num_stages,

@@ -10,6 +10,7 @@ FlashAttention-3 (arXiv 2407.08608) without the strict turns of its two groups:
 - The softmax of a tile starts while the product of the tile before with its values still runs, and it hides
   behind the other group's matrix products.
 - Centroids come first: there always are some, so that the kept blocks need no special first step.
+- First-order terms (kernels/first_order.py) are one more tile in the ring of values: a query block's matrix.
 - A bias costs no addition: divided by the scale it is what the matrix product of the logits adds to. A tile
   of 128 keys that all count has none.
 
@@ -33,7 +34,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .plan import KEY_BLOCK, QUERY_BLOCK, Plan
+from .plan import KEY_BLOCK, QUERY_BLOCK, Plan, Terms
 
 # What Gluon has renamed between Triton 3.6 and 3.9.
 _load_box = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -89,7 +90,7 @@ def _load_tile(source, head, first0, first1, ring, step):
 
 
 @gluon.jit
-def _load(sources, head, kept, key_offsets, count, Ck, key_ring, value_ring):
+def _load(sources, head, kept, key_offsets, count, Ck, key_ring, value_ring, terms, TERMS: gl.constexpr):
     """The loading warp. Indices are read two steps and offsets one step before they are used."""
     key, value, key_centroids, value_centroids = sources
     block0, block1 = _pair(kept, 0, count)
@@ -108,6 +109,10 @@ def _load(sources, head, kept, key_offsets, count, Ck, key_ring, value_ring):
         stop0 = gl.load(key_offsets + block0 + 1)
         stop1 = gl.load(key_offsets + block1 + 1)
         block0, block1 = _pair(kept, at + 4, count)
+    if TERMS:
+        matrices, place, matrix = terms
+        if place >= 0:  # with head_dim 64 the second window is outside, and so zero
+            _load_tile(matrices, matrix, 0, _BLOCK, value_ring, centroid_steps + (count + 1) // 2)
 
 
 @gluon.jit
@@ -167,7 +172,9 @@ def _token_rows(query_order, first, end, stride, D: gl.constexpr, LAYOUT: gl.con
 
 
 @gluon.jit
-def _compute(tokens, lists, scale, queries, key_ring, value_ring, GROUP: gl.constexpr):
+def _compute(
+    tokens, lists, scale, queries, key_ring, value_ring, place, TERMS: gl.constexpr, GROUP: gl.constexpr
+):
     """Half of the block's queries: four warps."""
     query, query_stride, out, out_stride, query_order, first, end = tokens
     kept, key_offsets, count, bias, Ck = lists
@@ -201,6 +208,7 @@ def _compute(tokens, lists, scale, queries, key_ring, value_ring, GROUP: gl.cons
         b = _centroid_bias(bias, (step + 1) * _STEP, Ck, unscale)
         p, top, total, acc = _step(q, key_ring, value_ring, step, start, True, scale, p, top, total, acc)
 
+    centroid_top, centroid_total = top, total
     # Indices are read two steps and sizes one step before they are used: nothing waits for them.
     block0, block1 = _pair(kept, 0, count)
     size0, size1 = _sizes(key_offsets, block0, block1)
@@ -224,6 +232,16 @@ def _compute(tokens, lists, scale, queries, key_ring, value_ring, GROUP: gl.cons
     acc = warpgroup_mma(p, values.index(step % STAGES), acc)
     share = 1.0 / gl.where(total == 0.0, 1.0, total)
     acc = acc * gl.convert_layout(share, gl.SliceLayout(1, outputs))[:, None]
+    if TERMS:  # noqa: SIM102 - a constant, the other condition is not
+        if place >= 0:
+            nothing = centroid_top == float("-inf")
+            skipped = gl.where(nothing, 0.0, centroid_total * gl.exp2(centroid_top - top) * share)
+            mbarrier.wait(v_ready.index((step + 1) % STAGES), (step + 1) // STAGES & 1)
+            tile = values.index((step + 1) % STAGES)
+            if D < _STEP:
+                tile = tile.slice(0, D)
+            linear = warpgroup_mma(q, tile, gl.zeros([_ROWS, D], gl.float32, outputs), use_acc=False)
+            acc += linear * gl.convert_layout(skipped, gl.SliceLayout(1, outputs))[:, None]
     q.store(acc.to(keys.dtype))
     where, inside = _token_rows(query_order, first + GROUP * _ROWS, end, out_stride, D, rows)
     gl.store(out + where, q.load(rows), mask=inside)
@@ -232,12 +250,14 @@ def _compute(tokens, lists, scale, queries, key_ring, value_ring, GROUP: gl.cons
 @gluon.jit
 def attention_kernel(
     query, key, value, key_centroids, value_centroids,
-    query_order, query_offsets, key_offsets, bias, kept_count, kept_blocks, order, out,
-    scale, H, L, Cq, Ck,
+    query_order, query_offsets, key_offsets, bias, kept_count, kept_blocks, order,
+    places, matrices, out,
+    scale, H, L, Cq, Ck, n,
     query_stride_b, query_stride_h, query_stride_l, out_stride_b, out_stride_h, out_stride_l,
-    HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
+    HEAD_DIM: gl.constexpr, STAGES: gl.constexpr, TERMS: gl.constexpr,
 ):  # fmt: skip
-    """The module's docstring. order: the query block of each program; STAGES: of the ring."""
+    """The module's docstring. order: the query block of each program; STAGES: of the ring; TERMS: whether
+    some of the heads have first-order terms."""
     rank, head, batch = gl.program_id(0), gl.program_id(1), gl.program_id(2)
     row = batch * H + head
     row64 = row.to(gl.int64)
@@ -269,36 +289,50 @@ def attention_kernel(
     key_ring, value_ring = (keys, k_ready, k_free), (values, v_ready, v_free)
     scale *= _LOG2_E
     sources = (key, value, key_centroids, value_centroids)
+    place = -1
+    if TERMS:
+        place = gl.load(places + head)
+    terms = (matrices, place, (batch * n + place) * Cq + block)
     gl.warp_specialize(
         [
-            (_compute, (tokens, lists, scale, queries, key_ring, value_ring, gl.constexpr(0))),
-            (_compute, (tokens, lists, scale, queries, key_ring, value_ring, gl.constexpr(1))),
-            (_load, (sources, row, kept, key_offsets, count, Ck, key_ring, value_ring)),
+            (_compute, (tokens, lists, scale, queries, key_ring, value_ring, place, TERMS, gl.constexpr(0))),
+            (_compute, (tokens, lists, scale, queries, key_ring, value_ring, place, TERMS, gl.constexpr(1))),
+            (_load, (sources, row, kept, key_offsets, count, Ck, key_ring, value_ring, terms, TERMS)),
         ],
         [4, 1],
         [240, 24],  # registers per thread of the second group and of the loading warp
     )
 
 
-def attend(query: Tensor, plan: Plan, scale: float, out: Tensor, order: Tensor) -> Tensor:
+def attend(
+    query: Tensor, plan: Plan, scale: float, out: Tensor, order: Tensor, terms: Terms | None = None
+) -> Tensor:
     """Writes into out and returns it. order [B,H,Cq] int32: the query blocks of a head, heaviest first."""
     B, H, L, D = query.shape
     Cq, Ck = plan.bias.shape[-2:]
     if query.stride(-1) != 1:
         query = query.contiguous()
-    keys = (plan.key, plan.value, plan.key_centroids, plan.value_centroids)
+    sources = [_descriptor(x) for x in (plan.key, plan.value, plan.key_centroids, plan.value_centroids)]
+    if terms is None:  # whatever: it is not used
+        places, matrices, n = plan.kept_count, sources[0], 0
+    else:
+        places, matrices, n = terms.places, _descriptor(terms.matrices.flatten(1, 2)), terms.matrices.shape[1]
     attention_kernel[(Cq, H, B)](
-        query, *map(_descriptor, keys), plan.query_order, plan.query_offsets, plan.key_offsets, plan.bias,
-        plan.kept_count, plan.kept_blocks, order, out, scale, H, L, Cq, Ck,
-        *query.stride()[:3], *out.stride()[:3], **meta(D),
+        query, *sources, plan.query_order, plan.query_offsets, plan.key_offsets, plan.bias,
+        plan.kept_count, plan.kept_blocks, order, places, matrices, out,
+        scale, H, L, Cq, Ck, n, *query.stride()[:3], *out.stride()[:3],
+        **meta(D, terms is not None),
     )  # fmt: skip
     return out
 
 
-def meta(head_dim: int) -> dict[str, Any]:
+def meta(head_dim: int, terms: bool = False) -> dict[str, Any]:
     """The kernel's compile-time constants and launch options."""
     # num_warps: those of one group. 3 x 128 threads x 168 registers are all that a multiprocessor has.
-    return {"HEAD_DIM": head_dim, "STAGES": 2, "num_warps": 4, "maxnreg": 168, "enable_fp_fusion": True}
+    return {
+        "HEAD_DIM": head_dim, "STAGES": 2, "TERMS": terms, "num_warps": 4, "maxnreg": 168,
+        "enable_fp_fusion": True,
+    }  # fmt: skip
 
 
 def _descriptor(x: Tensor) -> TensorDescriptor:

@@ -1,11 +1,14 @@
-"""How far one clip is from another: PSNR, SSIM, and pictures to look at.
+"""How far one clip is from another: PSNR, SSIM, VMAF, and pictures to look at.
 
 A clip is a tensor [F, H, W, C] or [F, C, H, W] with C = 3 colour channels (or 1) and values in [0, 1].
 """
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -66,6 +69,35 @@ def ssim(reference: Tensor, clip: Tensor) -> float:
         for x, y in zip(a, b, strict=True)
     ]
     return float(sum(values) / len(values))
+
+
+def vmaf(reference: Tensor, clip: Tensor) -> float:
+    """Netflix's perceptual metric, mean over frames: 0 to 100, about 97 to 100 for equal clips.
+
+    A regression of what viewers said (model vmaf_v0.6.1) on how detail and motion are kept. Its weights come
+    with ffmpeg, which comes with imageio-ffmpeg. It was fitted to people who watch 1080p: scores of other
+    sizes are good for comparing clips of that size only. Raises RuntimeError with ffmpeg's own words where
+    that cannot compute it.
+    """
+    from imageio_ffmpeg import get_ffmpeg_exe
+
+    pair = _pair(reference, clip)
+    _, height, width, channels = pair[0].shape
+    raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}"]
+    graph = "[0]format=yuv444p[a];[1]format=yuv444p[b];[b][a]libvmaf=log_fmt=json:log_path=vmaf.json"
+    with tempfile.TemporaryDirectory() as folder:
+        for name, x in zip(("reference", "clip"), pair, strict=True):
+            pixels = (x.expand(-1, -1, -1, 3) if channels == 1 else x).mul(255).round().byte()
+            Path(folder, name).write_bytes(pixels.contiguous().numpy().tobytes())
+        command = [get_ffmpeg_exe(), "-v", "error", *raw, "-i", "reference", *raw, "-i", "clip"]
+        ran = subprocess.run(
+            [*command, "-lavfi", graph, "-f", "null", "-"],
+            cwd=folder, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if ran.returncode:
+            raise RuntimeError(f"ffmpeg computes no VMAF (is it built with libvmaf?): {ran.stderr.strip()}")
+        told = json.loads(Path(folder, "vmaf.json").read_text())
+    return float(told["pooled_metrics"]["vmaf"]["mean"])
 
 
 def _picture(pixels: Tensor, label: str, scale: int) -> Image:

@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from svg_ear_compile.quality import frames_last, psnr, ssim, write_difference_strip, write_side_by_side
+from svg_ear_compile.quality import (
+    frames_last,
+    psnr,
+    ssim,
+    vmaf,
+    write_difference_strip,
+    write_side_by_side,
+)
 
 pytest.importorskip("skimage")
 iio = pytest.importorskip("imageio.v3")
@@ -41,6 +48,34 @@ def test_ssim_of_an_inverted_pattern_is_negative() -> None:
     stripes = clip(0.0)
     stripes[:, :, ::2] = 1
     assert ssim(stripes, 1 - stripes) < -0.9
+
+
+def moving(frames: int = 4) -> torch.Tensor:
+    """Random squares that move to the right."""
+    squares = torch.rand(1, 12, 16, 3, generator=torch.Generator().manual_seed(0))
+    squares = squares.repeat_interleave(8, 1).repeat_interleave(8, 2)
+    return torch.cat([squares.roll(2 * i, 2) for i in range(frames)])
+
+
+def test_vmaf_falls_with_what_a_viewer_would_see() -> None:
+    pytest.importorskip("imageio_ffmpeg")
+    whole = moving()
+    noise = torch.randn(whole.shape, generator=torch.Generator().manual_seed(1))
+    blurred = torch.nn.functional.avg_pool2d(whole.permute(0, 3, 1, 2), 9, 1, 4).permute(0, 2, 3, 1)
+    faint, strong = ((whole + s * noise).clamp(0, 1) for s in (0.02, 0.2))
+    scores = [vmaf(whole, x) for x in (whole, faint, strong)]
+    assert scores[0] > 95
+    assert scores == sorted(scores, reverse=True)
+    assert scores[2] < 60
+    assert vmaf(whole, blurred) < 60
+    assert vmaf(blurred, whole) > vmaf(whole, blurred), "the reference comes first"
+
+
+def test_vmaf_says_what_ffmpeg_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    ffmpeg = pytest.importorskip("imageio_ffmpeg")
+    monkeypatch.setattr(ffmpeg, "get_ffmpeg_exe", lambda: "false")
+    with pytest.raises(RuntimeError, match="libvmaf"):
+        vmaf(moving(), moving())
 
 
 def test_channels_first_and_last_agree() -> None:

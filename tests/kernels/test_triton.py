@@ -29,10 +29,13 @@ else:
     from plans import random_plan
 
     from svg_ear_compile.kernels import (
+        covariance,
+        first_order,
         permute,
         probe,
         reference,
         triton_attention,
+        triton_covariance,
         triton_permute,
         triton_probe,
         triton_route,
@@ -92,6 +95,33 @@ if INTERPRETED:
         assert (plan.key_offsets.diff(dim=-1) == 0).any()
         assert (plan.key_offsets.diff(dim=-1) == 1).any()
         check(query, plan, False, config)
+
+    @pytest.mark.parametrize("config", [ONE_BY_ONE, PAIRS, WALK], ids=["one by one", "pairs", "walk"])
+    @pytest.mark.parametrize("head_dim", [64, 96])
+    def test_first_order_terms(config, head_dim):
+        query, key, value = inputs(260, head_dim, batch=2, heads=3)
+        plan = random_plan(query, key, value, equal=config is not WALK, num_text=20)
+        chosen = (True, False, True)
+        terms = first_order.terms(plan, SCALE, chosen)
+        out = triton_attention.attend(
+            query, plan, SCALE, output_like(query), config is WALK, config, terms=terms
+        )
+        expected = reference.joint_softmax(query, plan, SCALE, first_order=chosen)
+        torch.testing.assert_close(out.double(), expected, atol=5e-6, rtol=2e-5)
+        plain = reference.joint_softmax(query, plan, SCALE)
+        assert (expected - plain)[:, [0, 2]].abs().max() > 1e-3, "there is something to add"
+
+    @pytest.mark.parametrize("equal", [True, False], ids=["tiles", "clusters"])
+    @pytest.mark.parametrize("head_dim", [40, 64])
+    def test_covariances(equal, head_dim):
+        query, key, value = inputs(170, head_dim, batch=2, heads=3)
+        value[0, 0, 17] = math.inf
+        plan = random_plan(query, key, value, equal=equal)
+        heads, columns = torch.tensor([2, 0]), plan.bias.shape[-1] + 3
+        arguments = plan.key, plan.value, plan.key_offsets, plan.key_centroids, plan.value_centroids
+        found = triton_covariance.covariances(*arguments, heads, columns)
+        expected = covariance.covariances(*arguments, heads, columns)
+        torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
 
     def test_long_clusters():
         """One block of each size class: several tiles long, a single token, empty."""

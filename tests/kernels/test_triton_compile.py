@@ -18,6 +18,7 @@ triton = pytest.importorskip("triton")
 
 from svg_ear_compile.kernels import (  # noqa: E402
     triton_attention,
+    triton_covariance,
     triton_kmeans,
     triton_permute,
     triton_probe,
@@ -39,11 +40,15 @@ pytestmark = [
 
 EVERYTHING = os.environ.get("SVG_EAR_TEST_ALL_CONFIGS") == "1"
 KILOBYTES = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
-STREAMS = {"attend": (True, True), "sparse_exact": (True, False), "centroid_compensation": (False, True)}
+STREAMS = {
+    "attend": (True, True), "attend, first order": (True, True, True), "sparse_exact": (True, False),
+    "centroid_compensation": (False, True),
+}  # fmt: skip
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 OF_THE_INPUT = ("query", "exact", "out", "query_centroids", "key_centroids", "value_centroids")
-OF_THE_INPUT += ("value", "x", "y", "x_out", "y_out", "x_means", "y_means", "high", "low")
+OF_THE_INPUT += ("value", "matrices", "x", "y", "x_out", "y_out", "x_means", "y_means", "high", "low")
 KEYS = {"key": "BLOCK_N", "value": "BLOCK_N", "key_centroids": "BLOCK_C", "value_centroids": "BLOCK_C"}
+BOXES = (*KEYS, "matrices")
 KEYS |= {"high": "BLOCK_C", "low": "BLOCK_C"}
 FLOATS = ("bias", "lse", "error", "gap", "mass", "parts", "norms", "shift")
 FLOATS += ("start", "directions", "along", "half")
@@ -51,7 +56,7 @@ LAUNCH = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
 OTHERS = {"density": "*fp64", "state": "*i64", "ties": "*i64", "areas": "*i64", "kept": "*i1"}
 OTHERS |= {"valid": "*i1", "labels": "*i16"}
 NUMBERS = ("H", "L", "N", "C", "Cq", "Ck", "tiles", "runs", "video_queries", "video_keys")
-NUMBERS += ("block", "segments")
+NUMBERS += ("block", "segments", "n", "columns")
 
 
 def compiled(kernel, capability, dtype, options, types=None, absent=(), source=None, box=None):
@@ -76,7 +81,7 @@ def compiled(kernel, capability, dtype, options, types=None, absent=(), source=N
         elif name in KEYS and KEYS[name] in options:
             tile = f"tensordesc<{element}[1, {options[KEYS[name]]}, {options['BLOCK_D']}]>"
             signature[name] = tile if options["TMA"] else f"*{element}"
-        elif name in KEYS and box is not None:
+        elif name in BOXES and box is not None:
             signature[name] = f"tensordesc<{element}[1, 64, 64],{box!r}>"
         elif name in OF_THE_INPUT:
             signature[name] = f"*{element}"
@@ -113,7 +118,7 @@ def cases():
         for head_dim in (16, 32, 64, 96, 128, 192, 256) if EVERYTHING else (64, 128):
             for dtype in NAMES if EVERYTHING else (torch.bfloat16,):
                 for variable in (False, True):
-                    for streams in STREAMS if EVERYTHING else ("attend",):
+                    for streams in STREAMS if EVERYTHING else ("attend", "attend, first order"):
                         short = capability in ((8, 6), (8, 9)) or (variable and capability != (9, 0))
                         if EVERYTHING or not short or (head_dim == 128 and not variable):
                             yield capability, head_dim, dtype, variable, streams
@@ -127,7 +132,8 @@ def _own_cache(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("capability", "head_dim", "dtype", "variable", "streams"), list(cases()), ids=str)
 def test_configuration(tmp_path, capability, head_dim, dtype, variable, streams):
     kernel = compiled_attention(capability, head_dim, dtype, variable, streams)
-    check(kernel, tmp_path, capability, dtype)
+    # Behind the loops the matrix comes on top of a full house of registers: a few of them wait in memory.
+    check(kernel, tmp_path, capability, dtype, stack=96 if "first order" in streams else 0)
 
 
 def check(kernel, tmp_path, capability, dtype, stack=0):
@@ -166,6 +172,18 @@ def test_gather(tmp_path, capability):
 
 
 @pytest.mark.parametrize("capability", KILOBYTES, ids=str)
+def test_covariance(tmp_path, capability):
+    for head_dim in (16, 64, 96, 128, 192, 256) if EVERYTHING else (64, 128, 256):
+        for dtype in NAMES if EVERYTHING else (torch.bfloat16,):
+            options, types = (
+                triton_covariance.meta(head_dim, dtype),
+                {"heads": "*i64", "key": f"*{NAMES[dtype]}"},
+            )
+            kernel = compiled(triton_covariance.covariance_kernel, capability, dtype, options, types)
+            check(kernel, tmp_path, capability, dtype, stack=8)  # two registers, outside of the loop
+
+
+@pytest.mark.parametrize("capability", KILOBYTES, ids=str)
 def test_splits(tmp_path, capability):
     for head_dim in (64, 96, 128) if EVERYTHING else (128,):  # directions of larger ones spill: not fast
         for dtype in NAMES if EVERYTHING else (torch.bfloat16,):
@@ -200,15 +218,16 @@ def test_kmeans(tmp_path, capability):
     check(kernel, tmp_path, capability, torch.bfloat16)
 
 
+@pytest.mark.parametrize("terms", [False, True], ids=["centroids", "first order"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_hopper(tmp_path, head_dim, dtype):
+def test_hopper(tmp_path, head_dim, dtype, terms):
     triton_hopper = triton_attention._hopper()
     if triton_hopper is None:
         pytest.skip("not a Triton for which the kernel in Gluon was written")
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    options = triton_hopper.meta(head_dim)
+    options = triton_hopper.meta(head_dim, terms)
     box = triton_hopper.BOX
     kernel = compiled(triton_hopper.attention_kernel, (9, 0), dtype, options, source=GluonASTSource, box=box)
     check(kernel, tmp_path, (9, 0), dtype, stack=8)  # one register per thread, outside of the loops
