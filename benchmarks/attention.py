@@ -13,7 +13,8 @@ blocks (video-only shapes, where its blocks and ours are the same). "extra GB" i
 value and the output.
 
 Presets: "default" with its cubes, "dropped" the same without compensation, "splits" and "kmeans" the same in
-another order, and "svg_ear" and "svg2", the papers. k-means is timed as it is in all sparse steps but the
+another order, "first_order" with first-order terms in every head (the default has them in those that gain),
+and "svg_ear" and "svg2", the papers. k-means is timed as it is in all sparse steps but the
 first: two iterations from the centroids before; splits as in a step that makes them anew. "clustering ms" are
 the kernels that put tokens into blocks (k-means or splits; cubes are known beforehand), and "without
 clustering ms" is the total less the time between events around them: what the call would take if clusters
@@ -55,6 +56,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "dropped": {"order": "cubes", "compensate": False},
     "splits": {"order": "splits"},
     "kmeans": {"order": "kmeans"},
+    "first_order": {"order": "cubes"},
     "svg_ear": {"preset": "svg_ear"},
     "svg2": {"preset": "svg2"},
 }
@@ -116,9 +118,12 @@ def flex_time(query: Tensor, plan: Plan, repeats: int) -> float:
 
 
 def error_to_plan(
-    out: Tensor, query: Tensor, plan: Plan, scale: float, heads: list[int]
+    out: Tensor, query: Tensor, plan: Plan, scale: float, heads: list[int], first_order: bool = False
 ) -> tuple[float, float]:
-    """(worst row, all) relative error against the plan's joint softmax, 32 queries of each of these heads."""
+    """(worst row, all) relative error against the plan's joint softmax, 32 queries of each of these heads.
+
+    first_order: with the terms of kernels/first_order.py, added up token by token.
+    """
     difference = norm = worst = 0.0
     L, Ck = query.shape[2], plan.bias.shape[-1]
     random = torch.Generator(query.device).manual_seed(1)
@@ -142,11 +147,28 @@ def error_to_plan(
             1,
         )
         values = torch.cat([plan.value[0, head], plan.value_centroids[0, head]]).float()
-        expected = logits.softmax(1) @ values
+        weights = logits.softmax(1)
+        expected = weights @ values
+        if first_order:
+            skipped = weights[:, L:].sum(1, keepdim=True)
+            expected += skipped * _linear(q, plan, scale, head, blocks, owner)
         error, size = (out[0, head, tokens].float() - expected).norm(dim=1), expected.norm(dim=1)
         worst = max(worst, (error / size).max().item())
         difference, norm = difference + error.square().sum().item(), norm + size.square().sum().item()
     return worst, math.sqrt(difference / norm)
+
+
+def _linear(q: Tensor, plan: Plan, scale: float, head: int, blocks: Tensor, owner: Tensor) -> Tensor:
+    """q_r^T M_i = scale sum_j p_ij / n_j sum_{t in j} q_r.(k_t - kc_j) (v_t - vc_j), i: the row's block."""
+    centers, value_centers = (x[0, head].float() for x in (plan.key_centroids, plan.value_centroids))
+    logits = plan.query_centroids[0, head, blocks].float() @ centers.T * scale + plan.bias[0, head, blocks]
+    sizes = plan.key_offsets[0, head].diff().clamp(min=1)
+    shares = logits.softmax(1).nan_to_num(0) / sizes  # NaN: nothing was skipped
+    there = owner < len(sizes)
+    owner = owner[there]
+    keys = plan.key[0, head, there].float() - centers[owner]
+    values = plan.value[0, head, there].float() - value_centers[owner]
+    return scale * (shares[:, owner] * (q @ keys.T)) @ values
 
 
 def error_to_dense(
@@ -173,15 +195,16 @@ def measure(
     with context.active(first):
         plan = Plan(*torch.ops.svg_ear.clustered_permute(*inputs[0], mask, *constants))
     totals = first.totals[0]
-    with context.active(context.Call(strict=True)):
+    terms = {0: (True,) * shape.heads} if preset == "first_order" else {}
+    with context.active(context.Call(strict=True, first_order=terms)):
         out = torch.ops.svg_ear.attention(*inputs[0], mask, *constants)
     heads = sorted({0, shape.heads // 2, shape.heads - 1})
-    worst, overall = error_to_plan(out, inputs[0][0], plan, scale, heads)
+    worst, overall = error_to_plan(out, inputs[0][0], plan, scale, heads, bool(terms))
     lists = {"flex lists ms": flex_time(inputs[0][0], plan, repeats)} if flex and not shape.text else {}
     del plan
 
     # One context per input: what is carried from call to call (k-means centroids) belongs to one input.
-    calls = [context.Call(strict=True) for _ in inputs]
+    calls = [context.Call(strict=True, first_order=terms) for _ in inputs]
 
     def whole(i: int) -> None:
         if told.order == "splits":

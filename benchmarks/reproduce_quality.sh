@@ -23,7 +23,7 @@ for model in wan hunyuan cogvideox; do
     "$PYTHON" benchmarks/levels.py "${options[@]}" --clips 2 --json "$RESULTS/levels_$model.json"
     "$PYTHON" benchmarks/error_budget.py "${options[@]}" --json "$RESULTS/error_budget_$model.json"
 done
-"$PYTHON" benchmarks/attention.py --shapes wan --presets default,dropped,splits,svg_ear,svg2 \
+"$PYTHON" benchmarks/attention.py --shapes wan --presets default,first_order,dropped,splits,svg_ear,svg2 \
     --densities .6,.3,.2,.1 --json "$RESULTS/attention_presets.json"
 "$PYTHON" benchmarks/quality_plot.py --quality "$RESULTS"/quality_{wan,hunyuan,cogvideox}.json \
     --levels "$RESULTS"/levels_{wan,hunyuan,cogvideox}.json --attention "$RESULTS/attention_presets.json" \

@@ -9,6 +9,7 @@ import torch
 from benchmark import import_benchmark
 
 from svg_ear_compile.kernels import cluster, context
+from svg_ear_compile.kernels.plan import Plan
 from svg_ear_compile.settings import resolve
 
 
@@ -22,9 +23,31 @@ def test_presets_are_what_a_user_would_set() -> None:
         "dropped": ("cubes", "output_error", False),
         "splits": ("splits", "output_error", True),
         "kmeans": ("kmeans", "output_error", True),
+        "first_order": ("cubes", "output_error", True),
         "svg_ear": ("kmeans", "svg_ear", True),
         "svg2": ("kmeans", "mass", False),
     }
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize("first_order", [False, True], ids=["centroids", "first order"])
+def test_the_check_of_outputs_sees_what_is_missing(first_order: bool, masked: bool) -> None:
+    benchmark, g = import_benchmark("attention"), torch.Generator().manual_seed(0)
+    query, key, noise = torch.randn(3, 1, 2, 4 * 12 * 12, 16, generator=g)
+    value = noise + key @ torch.randn(16, 16, generator=g)  # values go with their keys
+    constants = (None, 0, False, [4, 12, 12], "cubes", "output_error", True, 0.3, 0, 0)
+    mask = torch.arange(4 * 12 * 12).lt(4 * 12 * 12 - 30)[None, None, None] if masked else None
+    plan = Plan(*torch.ops.svg_ear.clustered_permute(query, key, value, mask, *constants))
+
+    def error(of_output: bool) -> float:
+        terms = {0: (of_output,) * 2}
+        with context.active(context.Call(strict=True, first_order=terms)):
+            out = torch.ops.svg_ear.attention(query, key, value, mask, *constants)
+        found: float = benchmark.error_to_plan(out, query, plan, 16**-0.5, [0, 1], first_order)[1]
+        return found
+
+    assert error(first_order) < 1e-5
+    assert error(not first_order) > benchmark.CHECK_ALL
 
 
 @pytest.mark.parametrize("order", ["cubes", "kmeans"])
