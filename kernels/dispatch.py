@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from . import attention, covariance, kmeans_steps, permute, probe, route, split_steps
+from . import attention, covariance, kmeans_steps, permute, probe, route, rows, split_steps
 
 
 class Kernels(NamedTuple):
     """The modules with the functions of kernels/split_steps.py, kmeans_steps.py, permute.py, probe.py,
-    route.py, covariance.py and attention.py.
+    route.py, covariance.py, attention.py and rows.py.
 
     The last argument of attention's, variable: whether blocks may be of any size (kmeans); Triton cannot
     see from a plan on the device.
@@ -25,6 +25,7 @@ class Kernels(NamedTuple):
     route: ModuleType
     covariance: ModuleType
     attention: ModuleType
+    rows: ModuleType
 
 
 def kernels_for(x: Tensor) -> Kernels:
@@ -37,6 +38,7 @@ def kernels_for(x: Tensor) -> Kernels:
             triton_permute,
             triton_probe,
             triton_route,
+            triton_rows,
             triton_splits,
         )
 
@@ -48,5 +50,6 @@ def kernels_for(x: Tensor) -> Kernels:
             triton_route,
             triton_covariance,
             triton_attention,
+            triton_rows,
         )
-    return Kernels(split_steps, kmeans_steps, permute, probe, route, covariance, attention)
+    return Kernels(split_steps, kmeans_steps, permute, probe, route, covariance, attention, rows)

@@ -26,7 +26,7 @@ from torch import Tensor
 from .dispatch import kernels_for
 from .plan import Plan, Terms
 
-# Bytes of the C_j of the heads that are computed at a time.
+# Bytes of the C_j, or of a few queries' M_i, of the heads that are computed at a time.
 _CHUNK_BYTES = 2**28
 # cuBLAS is three times slower where rows of weights are not aligned to 16 bytes.
 _ALIGNED = 8
@@ -59,4 +59,21 @@ def matrices(plan: Plan, scale: float, heads: Tensor) -> Tensor:
         )
         weights = F.pad(scale * weights, (0, columns - Ck)).to(blocks.dtype)
         found.append((weights @ blocks.flatten(-2)).unflatten(-1, (D, D)))
+    return torch.cat(found, dim=1)
+
+
+def linear(query: Tensor, blocks: Tensor, plan: Plan, scale: float) -> Tensor:
+    """M_i^T q of few queries [B,H,n,D] in the query blocks i [B,H,n] int64, of every head: float32."""
+    B, H, n, D = query.shape
+    index = blocks[..., None]
+    # Each query as a block of its own: most blocks have none.
+    of_rows = plan._replace(
+        query_centroids=torch.take_along_dim(plan.query_centroids, index, dim=2),
+        bias=torch.take_along_dim(plan.bias, index, dim=2),
+    )
+    group = max(1, _CHUNK_BYTES // (4 * B * n * D * D))
+    found = []
+    for some in torch.arange(H, device=query.device).split(group):
+        rows = query[:, some, :, None].float()
+        found.append((rows @ matrices(of_rows, scale, some).float())[..., 0, :])
     return torch.cat(found, dim=1)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import first_order
+from .dispatch import kernels_for
 from .plan import Plan
 
 ROWS = 64
@@ -24,9 +25,6 @@ TRIAL_ROWS = 256
 """The same for what a call tries, twice in a generation: much of a head's error may lie in few rows. The
 logarithm of the ratio of a head's errors in two orders has, on the tiny Wan, a standard deviation of 0.09 to
 0.57 with 64 rows, and of 0.04 to 0.34 with these."""
-
-# Bytes of one [heads, rows, L] float32 temporary.
-_CHUNK_BYTES = 2**28
 
 
 def sample(length: int, like: Tensor, seed: int, count: int | None = None) -> Tensor:
@@ -88,59 +86,19 @@ def planned_error(
 ) -> Tensor:
     """(lost, whole) if `plan` were used: [1,2,B,H] float32, with terms [2,2,B,H], the second with first-order
     terms. exact [B,H,n,D]: exact attention at tokens [B,H,n].
-
-    A few heads at a time: what is [n, L] for all heads at once would not fit beside a model.
     """
     order = plan.query_order.long()
     slots = torch.empty_like(order).scatter_(
         -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
     )
-    slots = slots.gather(-1, tokens).flatten(0, 1)
-    queries = rows(query, tokens).flatten(0, 1).float()
-    step = max(1, _CHUNK_BYTES // (4 * plan.key.shape[2] * max(1, tokens.shape[-1])))
-    planned = []
-    for at in range(0, len(queries), step):
-        some = slice(at, at + step)
-        heads = Plan(*(x.flatten(0, 1)[some] for x in plan))
-        planned.append(_planned_rows(queries[some], heads, slots[some], scale, terms))
-    outputs = torch.cat(planned, dim=1).unflatten(1, query.shape[:2])  # [forms,B,H,n,D]
-    return torch.stack([_sums(out, exact) for out in outputs])
-
-
-def _planned_rows(query: Tensor, plan: Plan, slots: Tensor, scale: float, terms: bool) -> Tensor:
-    """The joint softmax (kernels/plan.py) of the queries [G,n,D] in these slots [G,n] of G heads, float32:
-    [1,G,n,D], with terms [2,G,n,D]. plan: of these heads, without the batch."""
-    G, length, _ = plan.key.shape
-    blocks = plan.bias.shape[-1]
-    row = torch.searchsorted(plan.query_offsets[:, 1:].long(), slots, right=True)
-
-    def of_rows(x: Tensor) -> Tensor:
-        return torch.take_along_dim(x, row[..., None], dim=1)
-
-    listed = torch.arange(blocks, device=query.device) < of_rows(plan.kept_count[..., None])
-    # One column more takes what is not listed: those places are unspecified.
-    kept = torch.zeros(*slots.shape, blocks + 1, dtype=torch.bool, device=query.device)
-    kept.scatter_(2, torch.where(listed, of_rows(plan.kept_blocks).long(), blocks), True)
-    kept[..., blocks] = False
-    token = torch.arange(length, device=query.device).expand(G, -1).contiguous()
-    block_of_token = torch.searchsorted(plan.key_offsets[:, 1:].long(), token, right=True)
-    skipped = ~kept.gather(2, block_of_token[:, None].expand(-1, slots.shape[1], -1))
-
-    tokens = (scale * query @ plan.key.float().mT).masked_fill_(skipped, -torch.inf)
-    centroids = scale * query @ plan.key_centroids.float().mT + of_rows(plan.bias)
-    top = torch.maximum(tokens.amax(-1, keepdim=True), centroids.amax(-1, keepdim=True))
-    top.masked_fill_(top == -torch.inf, 0)
-    tokens, centroids = tokens.sub_(top).exp_(), centroids.sub_(top).exp_()
-    mass = centroids.sum(-1, keepdim=True)
-    total = (tokens.sum(-1, keepdim=True) + mass).clamp_(min=torch.finfo(torch.float32).tiny)
-    out = (tokens @ plan.value.float() + centroids @ plan.value_centroids.float()) / total
-    if not terms:
-        return out[None]
-    del tokens, skipped
-    every = torch.arange(G, device=query.device)
-    matrices = first_order.matrices(Plan(*(x[None] for x in plan)), scale, every)[0]
-    matrices = matrices[every[:, None], row].float()  # [G,n,D,D]
-    return torch.stack([out, out + mass / total * (query[..., None, :] @ matrices)[..., 0, :]])
+    slots = slots.gather(-1, tokens)
+    blocks = torch.searchsorted(plan.query_offsets[..., 1:].long(), slots, right=True)
+    queries = rows(query, tokens)
+    out, share = kernels_for(query).rows.planned_rows(queries, blocks, plan, scale)
+    outputs = [out]
+    if terms:
+        outputs.append(out + share[..., None] * first_order.linear(queries, blocks, plan, scale))
+    return torch.stack([_sums(x, exact) for x in outputs])
 
 
 def _sums(out: Tensor, exact: Tensor) -> Tensor:

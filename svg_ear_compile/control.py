@@ -15,9 +15,9 @@ never depends on how fast anything was.
   of RESPLIT, and used again in the others: tokens hardly move against each other from step to step.
 - In the middle of a generation it chooses again, at its density: attention of nearly clean video is another.
 - Then it measures the first sparse calls, every measure_every-th of the others, and what follows a change
-  of density. Near d the error is taken to fall as d^-slope: to get to AIM of the target needs
-  d (error / (AIM target))^(1 / slope). Most of the way there is gone in one decision, upwards more of it than
-  downwards; differences within HYSTERESIS are left alone.
+  of density. The error is taken to fall as exp(-rate span(d)) with the density d (`span`): AIM of the target
+  needs ln(error / (AIM target)) / rate more of that. One measurement may be far too low, where most of the
+  error lies in few rows: it leads down by no more than LOWER. Differences within HYSTERESIS are left alone.
 - Where steps are few (schedule.FEW_STEPS) errors change more from one to the next. As long as nothing can
   be read, a smaller target than FIRST_TARGET begins denser, or dense; in the second half, where errors grow
   fastest, the density has up to LATE to spare.
@@ -53,18 +53,22 @@ MIDDLE = 0.4
 """Forms are chosen again in the first call behind this share of the steps that makes orders anew."""
 RESPLIT = 8
 FIRST_DENSITY = 0.4
-FIRST_TARGET, FIRST_SLOPE = 0.08, 2.0
+FIRST_TARGET = 0.08
 """Errors at FIRST_DENSITY are up to 3 or 4 times FIRST_TARGET in first calls of the tiny HunyuanVideo, up to
-1.5 times in the other two models; beyond that density the median slope is 2.1 to 3.2."""
+1.5 times in the other two models."""
 FIRST_CALLS = 4
 """So many sparse calls are measured whatever measure_every is: later ones differ less from those before."""
-AIM = 0.85
+AIM = 0.9
 """Of the target: errors drift from step to step, and are noticed late."""
 RETRY = 8
 """A layer that went dense tries again after so many steps."""
-SLOPE, SLOPES = 1.0, (0.5, 3.0)
-"""Of the error against the density, both logarithmic: assumed, and what a trial may find."""
-UP, DOWN = 0.9, 0.6
+RATE, RATES = 5.0, (2.0, 12.0)
+"""Assumed, and what a trial may find. The median error of the calls of three tiny models falls as
+exp(-rate d) with rates of 4 to 7 between densities of 0.15 and 0.6 (docs/QUALITY.md)."""
+POWER = 0.14
+"""Densities below go by their logarithm: there errors fall like a power of them."""
+LOWER = 0.4
+"""What is needed falls by no more than as if the error's logarithm had, from one measurement to the next."""
 HALF = 0.5
 """In one decision the density goes down to this share at most: below, the error may be any."""
 LATE = 0.6
@@ -180,6 +184,16 @@ def choose(sums: Tensor) -> tuple[Tensor, Tensor]:
     return best // forms, best % forms
 
 
+def span(density: float) -> float:
+    """What the logarithm of the error falls with: the density d; below POWER, POWER (1 + ln(d / POWER))."""
+    return density if density >= POWER else POWER * (1 + math.log(density / POWER))
+
+
+def density_of(span: float) -> float:
+    """The inverse."""
+    return span if span >= POWER else POWER * math.exp(span / POWER - 1)
+
+
 def _heads(chosen: Tensor) -> tuple[bool, ...]:
     """[H], or () where there are none."""
     return tuple(chosen.bool().tolist()) if chosen.any() else ()
@@ -192,7 +206,7 @@ class Control:
     settings: Settings
     grid: bool = False
     density: float | None = field(init=False)
-    slope: float = SLOPE
+    rate: float = RATE
     pays: bool = True
     guarded: float | None = None
     """The error that made the guard run this layer dense for good."""
@@ -213,8 +227,8 @@ class Control:
     _anew: bool = False
     """Whether other heads go by splits than those whose orders were kept."""
     _chosen_again: bool = False
-    _spare: float = 1.0
-    """The density that is taken to be needed, over the one that was found."""
+    _needed: float = math.inf
+    """The density that was last found to be needed; infinite: none was."""
 
     def __post_init__(self) -> None:
         s = self.settings
@@ -228,7 +242,6 @@ class Control:
     def decide(self, step: int, frozen: bool = False, num_steps: int = DEFAULT_NUM_STEPS) -> Decision:
         """What to do at a step behind the warm-up. frozen: nothing can be read or measured just now."""
         few = num_steps <= FEW_STEPS and self.settings.target_error is not None
-        self._spare = 1 + LATE * min(max(2 * step / num_steps - 1, 0.0), 1.0) if few else 1.0
         while not frozen and self._unread and self._unread[0].step <= step - LAG:
             self._learn(self._unread.popleft())
         if few and not self.steered:
@@ -248,8 +261,12 @@ class Control:
         due = bool(every) and not frozen and (often or self._is_new())
         orders_due = self._sparse_calls % RESPLIT == 0
         anew = self.settings.order != "kmeans" and (orders_due or self._anew)
+        density = self.density
+        if few and density is not None:
+            spare = 1 + LATE * min(max(2 * step / num_steps - 1, 0.0), 1.0)
+            density = min(density * spare, self.settings.max_density)
         decision = Decision(
-            density=self.density, measure=() if due else None, split_heads=self.split_heads,
+            density=density, measure=() if due else None, split_heads=self.split_heads,
             first_order=self.first_order, anew=anew,
         )  # fmt: skip
         self._sparse_calls += 1
@@ -281,7 +298,7 @@ class Control:
         s = self.settings
         assert s.target_error is not None
         if s.target_error < FIRST_TARGET:
-            need = FIRST_DENSITY * (FIRST_TARGET / s.target_error) ** (1 / FIRST_SLOPE)
+            need = self._need(FIRST_DENSITY, FIRST_TARGET)
             self.pays = need <= s.max_density
             if self.pays:
                 self.density = need
@@ -329,17 +346,20 @@ class Control:
             return  # measured before the layer went dense: a trial is what counts now
         (error,) = errors
         target = self.settings.target_error
-        if error > self.settings.guard and entry.decision.density == self.density:
+        if error > self.settings.guard and (decision.density or 0.0) >= (self.density or 0.0):
             self.strikes += 1
             top = self.settings.max_density
-            if target is None or self.density is None or self.strikes > 1 or self.density == top:
+            if target is None or self.density is None or self.strikes > 1 or decision.density == top:
                 self.guarded = error
             else:
                 self.least = min(self.density * (1 + NEWS), top)
-        if target is not None and entry.decision.density is not None:
-            need = entry.decision.density * (error / target) ** (1 / self.slope)
+        if target is not None and decision.density is not None:
+            need = self._need(decision.density, error)
+            if self._needed < math.inf:
+                need = max(need, density_of(span(self._needed) - LOWER / self.rate))
+            self._needed = min(need, 1.0)
             # What was measured at a higher density has led down already: further down goes what comes next.
-            if self.density is None or not need < self.density < entry.decision.density:
+            if self.density is None or not need < self.density < decision.density:
                 self._move(need)
 
     def _choose(self, sums: Tensor, decision: Decision) -> Tensor:
@@ -354,30 +374,28 @@ class Control:
         return sums[order, :, form, :, :, torch.arange(len(order))].permute(1, 2, 3, 0)
 
     def _learn_trial(self, entry: Step, errors: list[float]) -> None:
-        """Between the two densities a power of the density, beyond the larger an exponential of it."""
         assert entry.decision.measure
-        target = self.settings.target_error
-        assert target is not None
         (low, high), (first, second) = entry.decision.measure, errors
         fallen = math.log(first / second) if max(errors) < math.inf else 0.0
-        self.slope = min(max(fallen / math.log(high / low), SLOPES[0]), SLOPES[1])
-        if second > target:
-            need = high * (1 + math.log(second / target) / self.slope)
-        else:
-            need = high * (second / target) ** (1 / self.slope)
+        self.rate = min(max(fallen / (span(high) - span(low)), RATES[0]), RATES[1])
+        need = self._need(high, second)
+        self._needed = min(need, 1.0)
         self._move(need, whole=True)
+
+    def _need(self, density: float, error: float) -> float:
+        """The density that meets the target, if this one has this error."""
+        assert self.settings.target_error is not None
+        return density_of(span(density) + math.log(error / self.settings.target_error) / self.rate)
 
     def _move(self, need: float, whole: bool = False) -> None:
         """Towards the density that is needed, and a little more."""
         s = self.settings
         assert self.density is not None
         self.steered = True
-        need *= self._spare
         self.pays = need <= s.max_density * (1 if whole else 1 + HYSTERESIS)
         if not self.pays:
             return
-        way = math.log(need * AIM ** (-1 / self.slope) / self.density)
+        way = math.log(density_of(span(need) - math.log(AIM) / self.rate) / self.density)
         if abs(way) > HYSTERESIS:
-            gain = 1.0 if whole else UP if way > 0 else DOWN
             least = max(s.min_density, self.least, 0.0 if whole else HALF * self.density)
-            self.density = min(max(self.density * math.exp(gain * way), least), s.max_density)
+            self.density = min(max(self.density * math.exp(way), least), s.max_density)

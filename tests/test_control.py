@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Callable
@@ -17,10 +18,12 @@ from svg_ear_compile.control import (
     FIRST_DENSITY,
     FIRST_ORDER_WORTH,
     FIRST_TARGET,
+    HYSTERESIS,
     LAG,
     LATE,
     MIDDLE,
     ORDERS,
+    RATE,
     RESPLIT,
     RETRY,
     TRIAL,
@@ -67,20 +70,63 @@ def power(needed: float, slope: float, target: float = 0.04) -> World:
     return lambda density, step: target * (density / needed) ** -slope
 
 
+MEASURED = {
+    "wan": (0.0695, 0.0481, 0.0373, 0.0210, 0.0080, 0.0028),
+    "hunyuan": (0.1477, 0.1177, 0.0934, 0.0643, 0.0323, 0.0150),
+    "cogvideox": (0.0837, 0.0597, 0.0464, 0.0269, 0.0122, 0.0057),
+}
+"""Median errors of the calls of trained tiny models at MEASURED_AT (an H200, centroids alone)."""
+MEASURED_AT = (0.1, 0.15, 0.2, 0.3, 0.45, 0.6)
+
+
+def measured(model: str, needed: float, target: float = 0.04) -> World:
+    """Falls as that model's errors do, linear in logarithms between them, and meets the target there."""
+
+    def error(density: float) -> float:
+        points = list(zip(map(math.log, MEASURED_AT), map(math.log, MEASURED[model]), strict=True))
+        pairs = itertools.pairwise(points)
+        x = math.log(density)
+        (x0, y0), (x1, y1) = next((p for p in pairs if x <= p[1][0]), (points[-2], points[-1]))
+        return math.exp(y0 + (x - x0) * (y1 - y0) / (x1 - x0))
+
+    return lambda density, step: target * error(density) / error(needed)
+
+
 @pytest.mark.parametrize("needed", [0.08, 0.15, 0.3, 0.5])
-@pytest.mark.parametrize("slope", [0.6, 1.0, 2.0])
+@pytest.mark.parametrize("model", MEASURED)
 @pytest.mark.parametrize("warm_up", [0, 1, 6])
-def test_it_meets_the_target(needed: float, slope: float, warm_up: int) -> None:
-    world = power(needed, slope)
+def test_it_meets_the_target(needed: float, model: str, warm_up: int) -> None:
+    world = measured(model, needed)
     sparse = [s for s in generation(make(target_error=0.04), world, warm_up=warm_up) if not s.decision.dense]
     assert len(sparse) == STEPS - warm_up
     densities = [s.decision.density or 0.0 for s in sparse]
     errors = [world(d, 0) for d in densities]
     assert all(error <= 1.5 * 0.04 for error in errors[LAG + 1 :])
-    aimed = needed * AIM ** (-1 / slope)
-    assert densities[-1] <= 1.2 * aimed, "and spends little more than is needed"
+    assert errors[-1] >= 0.04 / 1.5, "and spends little more than is needed"
     if warm_up >= LAG:
-        assert errors[0] <= 1.15 * 0.04, "tried before the first sparse step"
+        assert 0.04 / 1.5 <= errors[0] <= 1.2 * 0.04, "tried before the first sparse step"
+
+
+@pytest.mark.parametrize("needed", [0.15, 0.3])
+@pytest.mark.parametrize("slope", [0.6, 1.0, 2.0])
+def test_errors_that_fall_otherwise_are_met_too(needed: float, slope: float) -> None:
+    """Like a power of the density: later, as the density that is needed is misjudged at first."""
+    sparse = [s.decision for s in generation(make(target_error=0.04), power(needed, slope), warm_up=WARM_UP)]
+    errors = [power(needed, slope)(d.density or 0.0, 0) for d in sparse[WARM_UP:]]
+    assert max(errors) <= 3 * 0.04
+    assert all(0.04 / 1.5 <= error <= 1.5 * 0.04 for error in errors[len(errors) // 2 :])
+
+
+def test_one_sample_that_is_far_too_low_leads_down_a_little() -> None:
+    """In some layers most of the error lies in few rows, which a sample may all miss."""
+    world, missed = measured("wan", 0.3), 15
+
+    def sampled(density: float, step: int) -> float:
+        return world(density, step) * (0.2 if step == missed else 1.0)
+
+    steps = generation(make(target_error=0.04, measure_every=1), sampled)
+    assert all(world(s.decision.density or 0.0, 0) <= 1.5 * 0.04 for s in steps[WARM_UP:])
+    assert (steps[missed + LAG].decision.density or 0.0) < (steps[missed].decision.density or 0.0)
 
 
 def test_it_follows_an_error_that_grows_and_shrinks() -> None:
@@ -133,8 +179,9 @@ def test_a_decision_knows_what_is_two_steps_old_and_nothing_newer() -> None:
 
 @pytest.mark.parametrize(
     ("target", "density"),
-    [(0.2, FIRST_DENSITY), (FIRST_TARGET, FIRST_DENSITY), (FIRST_TARGET / 2, FIRST_DENSITY * 2**0.5),
-     (FIRST_TARGET / 4, None), (FIRST_TARGET / 8, None)],
+    [(0.2, FIRST_DENSITY), (FIRST_TARGET, FIRST_DENSITY),
+     (FIRST_TARGET / 2, FIRST_DENSITY + math.log(2) / RATE), (FIRST_TARGET / 4, None),
+     (FIRST_TARGET / 8, None)],
 )  # fmt: skip
 def test_of_few_steps_a_small_target_begins_denser_until_something_is_read(
     target: float, density: float | None
@@ -164,7 +211,7 @@ def test_of_few_steps_the_last_have_density_to_spare(steps: int) -> None:
     ends = [generation(make(target_error=0.04), w, steps, LAG)[-1] for w in (world, power(0.2, 1.0))]
     assert ends[0].decision == ends[1].decision, "what the last steps show comes too late"
     density = ends[0].decision.density or 0.0
-    assert 1 < density / (0.2 / AIM) <= 1 + LATE
+    assert 1 < density / (0.2 / AIM) <= (1 + LATE) * (1 + HYSTERESIS)
     assert world(density, steps - 1) <= 3 * 0.04
 
 

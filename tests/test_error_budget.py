@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from typing import Any
 
 import pytest
@@ -43,9 +44,11 @@ def test_true_errors_stay_within_three_times_the_target_and_the_guard_is_silent(
     late = [e.true_error for e in calls if e.step >= 5]
     assert all(error is not None and error <= 3 * TARGET for error in late)
     assert "error beyond max_error" not in report.totals()["dense_calls"]
-    for e in calls:
-        if e.error is not None:
-            assert e.error == pytest.approx(e.true_error, rel=0.5), "64 rows of each head"
+    ratios = [e.error / e.true_error for e in calls if e.error is not None and e.true_error]
+    assert statistics.median(ratios) == pytest.approx(1, abs=0.15)
+    assert 1 / 3 < min(ratios) < max(ratios) < 3, (
+        "64 rows of each head, of which few may have most of the error"
+    )
     densities = {e.density for e in calls}
     assert len(densities) > LAYERS / 2, "each layer has its own"
     assert all(e.layer != 0 for e in calls), "which is dense throughout"

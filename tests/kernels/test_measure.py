@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from svg_ear_compile.kernels import context, measure, reference
+from svg_ear_compile.kernels import context, first_order, measure, reference, rows
 from svg_ear_compile.kernels.constants import SiteConstants
 from svg_ear_compile.kernels.context import Measure
 from svg_ear_compile.kernels.fallback import SiteError
@@ -165,7 +165,8 @@ def test_forms_are_what_sparse_calls_of_them_measure(masked, monkeypatch) -> Non
 def test_a_trial_takes_heads_in_groups_or_at_once(monkeypatch) -> None:
     found = []
     for group in (1, 2**40):
-        monkeypatch.setattr(measure, "_CHUNK_BYTES", group)
+        for module in (rows, first_order):
+            monkeypatch.setattr(module, "_CHUNK_BYTES", group)
         running = context.Call(
             strict=True, measure={SITE: Measure(5, (0.3,), (), True)}, dense={SITE: "a test"}
         )

@@ -34,11 +34,13 @@ else:
         permute,
         probe,
         reference,
+        rows,
         triton_attention,
         triton_covariance,
         triton_permute,
         triton_probe,
         triton_route,
+        triton_rows,
     )
     from svg_ear_compile.kernels.plan import Plan
     from svg_ear_compile.kernels.triton_configs import Config
@@ -122,6 +124,27 @@ if INTERPRETED:
         found = triton_covariance.covariances(*arguments, heads, columns)
         expected = covariance.covariances(*arguments, heads, columns)
         torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
+
+    @pytest.mark.parametrize("equal", [True, False], ids=["tiles", "clusters"])
+    @pytest.mark.parametrize(("head_dim", "n"), [(40, 45), (64, 7)])
+    def test_planned_rows(head_dim, n, equal):
+        query, key, value = inputs(170, head_dim, batch=2, heads=3)
+        valid = torch.ones(2, 170, dtype=torch.bool)
+        valid[1, 100:] = False
+        plan = random_plan(query, key, value, equal=equal, num_text=20, valid=valid)
+        dropped = plan._replace(kept_count=0 * plan.kept_count, bias=torch.full_like(plan.bias, -math.inf))
+        hidden = (torch.arange(170) >= plan.key_offsets[..., -1:])[..., None]
+        # Blocks in no order.
+        blocks = torch.randint(plan.bias.shape[2], (2, 3, n), generator=torch.Generator().manual_seed(n))
+        for some in (plan, dropped):
+            poisoned = some._replace(
+                key=some.key.masked_fill(hidden, math.nan), value=some.value.masked_fill(hidden, math.nan)
+            )
+            found = triton_rows.planned_rows(query[:, :, :n], blocks, poisoned, -SCALE)
+            expected = rows.planned_rows(query[:, :, :n], blocks, some, -SCALE)
+            for x, y in zip(found, expected, strict=True):
+                torch.testing.assert_close(x, y, atol=5e-6, rtol=2e-5)
+                assert y.any() == (some is plan)
 
     def test_long_clusters():
         """One block of each size class: several tiles long, a single token, empty."""

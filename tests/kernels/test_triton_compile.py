@@ -23,6 +23,7 @@ from svg_ear_compile.kernels import (  # noqa: E402
     triton_permute,
     triton_probe,
     triton_route,
+    triton_rows,
     triton_splits,
 )
 from svg_ear_compile.kernels.triton_configs import (  # noqa: E402
@@ -181,6 +182,16 @@ def test_covariance(tmp_path, capability):
             )
             kernel = compiled(triton_covariance.covariance_kernel, capability, dtype, options, types)
             check(kernel, tmp_path, capability, dtype, stack=8)  # two registers, outside of the loop
+
+
+@pytest.mark.parametrize("capability", KILOBYTES, ids=str)
+def test_rows(tmp_path, capability):
+    for head_dim in (16, 64, 96, 128, 192, 256) if EVERYTHING else (64, 128):
+        for dtype in NAMES if EVERYTHING else (torch.bfloat16,):
+            options = triton_rows.meta(capability, head_dim, dtype)
+            types = {"key": f"*{NAMES[dtype]}", "blocks": "*i64", "out": "*fp32", "share": "*fp32"}
+            kernel = compiled(triton_rows.rows_kernel, capability, dtype, options, types)
+            check(kernel, tmp_path, capability, dtype)
 
 
 @pytest.mark.parametrize("capability", KILOBYTES, ids=str)
