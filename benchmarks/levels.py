@@ -67,12 +67,14 @@ class Row(NamedTuple):
         """Of all attention calls over dense ones, at the size of `times`.
 
         A dense call takes as long as a dense call; a sparse one is taken to be linear in its density, and in
-        the shares of heads in splits and with first-order terms.
+        the shares of heads in splits and with first-order terms. Each layer chooses forms as measuring.py
+        has it.
         """
         fixed, more = times.line()
         density = self.density or 0.0
         sparse = fixed + more * density + times.extra(density, self.splits, self.first_order)
-        return 1 - self.sparse_share * (1 - sparse / times.dense)
+        chosen = times.choosing / (self.steps * times.dense)
+        return 1 - self.sparse_share * (1 - sparse / times.dense) + chosen
 
 
 def measure(

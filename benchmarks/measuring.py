@@ -2,18 +2,20 @@
 
     python benchmarks/measuring.py [--shapes wan,hunyuan,cogvideox --density .25 --json PATH]
 
-Medians of CUDA events around one call. "measured": with the error on 64 rows of each head. "choosing": with a
-trial as `control.py` asks for it, all orders with and without first-order terms: of two densities in a dense
-call, of one in a sparse call; each happens once in a generation. "of a generation": what all of that adds to
+Medians of CUDA events around one call, all kinds of calls in turns: a GPU that gets warm gets slower.
+"measured": with the error on 64 rows of each head. "choosing": with a trial as `control.py` asks for it, all
+orders with and without first-order terms: of two densities in a dense call, of one in a sparse call; each
+happens once in a generation, and "choosing ms" is what both add. "of a generation": what all of that adds to
 the attention time of 50 steps, of which 10 are dense and the others sparse and measured as by default.
 "error" and "tried": what the measured call and the trial of the very form say of one error, from different
-rows: they should agree to some 10%.
+rows: they should agree to some 10%. `quality_plot.py` adds what choosing costs to the times of attention.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from svg_ear_compile.control import FIRST_CALLS, ORDERS, TRIAL
 from svg_ear_compile.kernels import context, ops  # noqa: F401 - registers the ops
 from svg_ear_compile.settings import Settings
 
-STEPS, DENSE_STEPS = 50, 10
+STEPS, DENSE_STEPS, WARM_UP = 50, 10, 2
 
 
 def measured_calls(sparse: int, every: int) -> int:
@@ -44,33 +46,40 @@ def measure(shape: Shape, inputs: Inputs, density: float, repeats: int) -> dict[
     mask = padding_mask(shape)
     measured: dict[str, torch.Tensor] = {}
 
-    def time(name: str, request: context.Measure | None, dense: bool) -> float:
-        def call(i: int) -> None:
-            running = context.Call(
-                strict=True, measure={} if request is None else {0: request}, fixed=fixed,
-                dense={0: "to be timed"} if dense else {},
-            )  # fmt: skip
-            running.seen_keys[0] = shape.length - shape.padded
+    def time(i: int, name: str, request: context.Measure | None, dense: bool) -> float:
+        running = context.Call(
+            strict=True, measure={} if request is None else {0: request}, fixed=fixed,
+            dense={0: "to be timed"} if dense else {},
+        )  # fmt: skip
+        running.seen_keys[0] = shape.length - shape.padded
+
+        def call(_: int) -> None:
             with context.active(running):
                 torch.ops.svg_ear.attention(*inputs[i % len(inputs)], mask, *constants)
-            if request is not None:
-                measured[name] = running.measured[0]
 
-        return milliseconds(call, repeats, warmup=2)
+        found = milliseconds(call, 1, warmup=0)
+        if request is not None:
+            measured[name] = running.measured[0]
+        return found
 
-    times = {
-        "dense ms": time("dense", None, True),
-        "choosing, dense ms": time("chosen", context.Measure(1, TRIAL, ORDERS, True), True),
-        "sparse ms": time("sparse", None, False),
-        "measured ms": time("measured", context.Measure(1), False),
-        "choosing, sparse ms": time("again", context.Measure(1, (density,), ORDERS, True), False),
+    kinds = {
+        "dense ms": (None, True),
+        "choosing, dense ms": (context.Measure(1, TRIAL, ORDERS, True), True),
+        "sparse ms": (None, False),
+        "measured ms": (context.Measure(1), False),
+        "choosing, sparse ms": (context.Measure(1, (density,), ORDERS, True), False),
     }
+    rounds = [[time(i, name, *kind) for name, kind in kinds.items()] for i in range(WARM_UP + repeats)]
+    medians = map(statistics.median, zip(*rounds[WARM_UP:], strict=True))
+    times = dict(zip(kinds, medians, strict=True))
     dense, chosen, sparse, own, again = times.values()
     sparse_calls = STEPS - DENSE_STEPS
     more = chosen - dense + again - own + measured_calls(sparse_calls, told.measure_every) * (own - sparse)
-    errors = (measured["again"][:2, 0].sum((1, 2)) / measured["again"][:2, 1].sum((1, 2))).sqrt()
+    lost, whole = measured["choosing, sparse ms"][:2].sum((2, 3)).T
+    errors = (lost / whole).sqrt()
     return {
         "shape": shape.name, "heads": shape.heads, "density": density, **times,
+        "choosing ms": chosen - dense + again - own,
         "of a generation": more / (DENSE_STEPS * dense + sparse_calls * sparse),
         "error": errors[0].item(), "tried": errors[1].item(),
     }  # fmt: skip

@@ -3,7 +3,7 @@
 Tiny models give the quality of a run (quality.py), one attention call of Wan 14B at 720p its time
 (attention.py, for the same preset and density): linear between the measured densities, nothing beyond them.
 Time that clusters take is counted, or left out ("free"): the comparison should not hang on how fast one's
-k-means is.
+k-means is. What choosing the forms of heads takes (measuring.py) is counted, spread over the sparse calls.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ PRESET_OF = {
     "svg2": "svg2",
 }
 """The preset of attention.py that takes a run's time, but for the forms of its heads: see Times.extra."""
+CHOOSING = ("default", "default, centroids only")
+"""Runs whose heads choose between forms."""
 NEAR = 0.005
 """A density so little beyond the measured ones counts as the last of them: blocks do not hit it exactly."""
 LOW, HIGH = 0.1, 0.3
@@ -39,7 +41,15 @@ class Times:
     Records whose outputs failed their check have no time.
     """
 
-    def __init__(self, records: Sequence[dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        records: Sequence[dict[str, Any]],
+        measuring: Sequence[dict[str, Any]] = (),
+        sparse_calls: int = 1,
+    ) -> None:
+        """measuring: records of measuring.py; sparse_calls: of a layer in one generation."""
+        self.choosing: float = sum(r["choosing ms"] for r in measuring if r["shape"] == SHAPE)
+        self._sparse_calls = sparse_calls
         of_shape = [r for r in records if r["shape"] == SHAPE]
         if not of_shape:
             raise ValueError(f"no record of {SHAPE}: run attention.py --shapes wan")
@@ -63,7 +73,10 @@ class Times:
     def of(self, row: Row, free: bool = False) -> float | None:
         """Of a run."""
         time = self.call(PRESET_OF[row.name], row.density, free)
-        return None if time is None else time + self.extra(row.density, row.splits, row.first_order, free)
+        if time is None:
+            return None
+        chosen = self.choosing / self._sparse_calls if row.name in CHOOSING else 0.0
+        return time + chosen + self.extra(row.density, row.splits, row.first_order, free)
 
     def extra(self, density: float, splits: float, first_order: float, free: bool = False) -> float:
         """What the shares of heads in splits and with first-order terms add to the default's time, from

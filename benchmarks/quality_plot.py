@@ -1,8 +1,8 @@
 """The picture and the tables of docs/QUALITY.md, from what quality.py, levels.py and attention.py wrote.
 
     python benchmarks/quality_plot.py --quality benchmarks/results/quality_*.json \
-        --levels benchmarks/results/levels_*.json --attention benchmarks/results/attention_presets_h200.json
-        --png docs/quality.png --page docs/QUALITY.md
+        --levels benchmarks/results/levels_*.json --attention benchmarks/results/attention_presets.json \
+        --measuring benchmarks/results/measuring.json --png docs/quality.png --page docs/QUALITY.md
 
 The first table and the comparison go between the page's two lines `<!-- measured -->`, the levels between its
 two lines `<!-- levels -->`. The picture: one column a model; PSNR against the measured density above, against
@@ -20,9 +20,11 @@ from typing import Any
 
 import levels
 import matplotlib
-from quality import RUNS, Row
+from quality import DENSE_STEPS, RUNS, Row
 from quality_curves import SHAPE, Spread, Times, compared, curve, gain_at_equal_time, time_at_equal_quality
 from tabulate import tabulate
+
+from svg_ear_compile.schedule import dense_count
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -130,14 +132,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--quality", type=Path, nargs="+", required=True)
     parser.add_argument("--levels", type=Path, nargs="*", default=[])
     parser.add_argument("--attention", type=Path, required=True)
+    parser.add_argument("--measuring", type=Path, required=True)
     parser.add_argument("--png", type=Path, required=True)
     parser.add_argument("--page", type=Path, required=True)
     arguments = parser.parse_args(argv)
-    attention = _read([arguments.attention])[0]
-    times, told = Times(attention["records"]), _read(arguments.quality)
+    attention, measuring = _read([arguments.attention, arguments.measuring])
+    told = _read(arguments.quality)
+    steps = told[0]["settings"]["steps"]
+    sparse = steps - dense_count(DENSE_STEPS, steps)
+    times = Times(attention["records"], measuring["records"], sparse)
     rows = [Row(**row) for t in told for row in sorted(t["rows"], key=_place)]
     picture(rows, times, arguments.png)
-    timed = f"Attention time: one call at {SHAPE}, {attention['run']['device']}, dense {times.dense:.1f} ms."
+    timed = (
+        f"Attention time: one call at {SHAPE}, {attention['run']['device']}, dense {times.dense:.1f} ms. "
+        f"Choosing forms takes {times.choosing:.0f} ms of a layer and branch in a generation, spread over "
+        f"{sparse} sparse calls."
+    )
     shown = f"![PSNR against density, and against the time of an attention call]({arguments.png.name})"
     measured = "\n\n".join([how(told), timed, table(rows, times), comparison(rows, times), shown])
     page = between(arguments.page.read_text(), "<!-- measured -->", measured)

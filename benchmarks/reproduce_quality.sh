@@ -25,8 +25,9 @@ for model in wan hunyuan cogvideox; do
 done
 "$PYTHON" benchmarks/attention.py --shapes wan --presets default,first_order,dropped,splits,svg_ear,svg2 \
     --densities .6,.3,.2,.1 --json "$RESULTS/attention_presets.json"
+"$PYTHON" benchmarks/measuring.py --json "$RESULTS/measuring.json"
 "$PYTHON" benchmarks/quality_plot.py --quality "$RESULTS"/quality_{wan,hunyuan,cogvideox}.json \
     --levels "$RESULTS"/levels_{wan,hunyuan,cogvideox}.json --attention "$RESULTS/attention_presets.json" \
-    --png docs/quality.png --page docs/QUALITY.md
+    --measuring "$RESULTS/measuring.json" --png docs/quality.png --page docs/QUALITY.md
 "$PYTHON" benchmarks/error_budget_plot.py "$RESULTS"/error_budget_{wan,hunyuan,cogvideox}.json \
     docs/error_budget.png docs/QUALITY.md

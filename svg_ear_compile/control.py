@@ -18,14 +18,14 @@ never depends on how fast anything was.
   of density. The error is taken to fall as exp(-rate span(d)) with the density d (`span`): AIM of the target
   needs ln(error / (AIM target)) / rate more of that. One measurement may be far too low, where most of the
   error lies in few rows: it leads down by no more than LOWER. Differences within HYSTERESIS are left alone.
+- In the last steps errors grow fastest: the density has something to spare (LATE).
 - Where steps are few (schedule.FEW_STEPS) errors change more from one to the next. As long as nothing can
-  be read, a smaller target than FIRST_TARGET begins denser, or dense; in the second half, where errors grow
-  fastest, the density has up to LATE to spare.
+  be read, a smaller target than FIRST_TARGET begins denser, or dense; more is to spare, and sooner.
 - Where more than max_density is needed, sparsity would not pay: the layer goes dense, and tries again, as
   above, every so often.
 - The guard: an error beyond max_error, at the density that was thought right, makes the layer dense for the
-  rest of the generation. Where a target is set, a higher density gets a chance first, and the layer never
-  goes down again to the one that failed.
+  rest of the generation. Where a target is set, the next call is measured too, at a higher density if there
+  is one, and only a second such error counts; the layer never goes down again to the density that failed.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ FIRST_DENSITY = 0.4
 FIRST_TARGET = 0.08
 """Errors at FIRST_DENSITY are up to 3 or 4 times FIRST_TARGET in first calls of the tiny HunyuanVideo, up to
 1.5 times in the other two models."""
-FIRST_CALLS = 4
+FIRST_CALLS = 3
 """So many sparse calls are measured whatever measure_every is: later ones differ less from those before."""
 AIM = 0.9
 """Of the target: errors drift from step to step, and are noticed late."""
@@ -71,9 +71,10 @@ LOWER = 0.4
 """What is needed falls by no more than as if the error's logarithm had, from one measurement to the next."""
 HALF = 0.5
 """In one decision the density goes down to this share at most: below, the error may be any."""
-LATE = 0.6
-"""Share of the density to spare at the end of few steps: in the last two of them errors of some layers grow 5
-to 9 times, before that mostly less than twice (three tiny models, 4 and 8 steps, density 0.45)."""
+LATE, LATE_OF_FEW = (0.8, 1.4), (0.5, 2.5)
+"""Behind this share of the steps errors may become so many times as large, the more the nearer the end: that
+much the density has to spare. Of 4 and 8 steps those of some layers grow 5 to 9 times in the last two, before
+that mostly less than twice; of 30 steps up to 3 times in the last six (three tiny models)."""
 HYSTERESIS = 0.1
 """Smaller relative changes of density are not made; nor is a layer dense that needs so little more."""
 NEWS = 0.3
@@ -241,7 +242,8 @@ class Control:
 
     def decide(self, step: int, frozen: bool = False, num_steps: int = DEFAULT_NUM_STEPS) -> Decision:
         """What to do at a step behind the warm-up. frozen: nothing can be read or measured just now."""
-        few = num_steps <= FEW_STEPS and self.settings.target_error is not None
+        steered = self.settings.target_error is not None
+        few = num_steps <= FEW_STEPS and steered
         while not frozen and self._unread and self._unread[0].step <= step - LAG:
             self._learn(self._unread.popleft())
         if few and not self.steered:
@@ -258,13 +260,16 @@ class Control:
             return self._trial(decision) if retry else decision
         every = self.settings.measure_every
         often = self._sparse_calls < FIRST_CALLS or self._sparse_calls % (every or 1) == 0
-        due = bool(every) and not frozen and (often or self._is_new())
+        in_doubt = self.strikes == 1 and not self._unread
+        due = bool(every) and not frozen and (often or in_doubt or self._is_new())
         orders_due = self._sparse_calls % RESPLIT == 0
         anew = self.settings.order != "kmeans" and (orders_due or self._anew)
         density = self.density
-        if few and density is not None:
-            spare = 1 + LATE * min(max(2 * step / num_steps - 1, 0.0), 1.0)
-            density = min(density * spare, self.settings.max_density)
+        if steered and density is not None:
+            start, growth = LATE_OF_FEW if few else LATE
+            late = min(max((step / num_steps - start) / (1 - start), 0.0), 1.0)
+            spare = late * math.log(growth) / self.rate
+            density = min(density_of(span(density) + spare), self.settings.max_density)
         decision = Decision(
             density=density, measure=() if due else None, split_heads=self.split_heads,
             first_order=self.first_order, anew=anew,
@@ -348,11 +353,12 @@ class Control:
         target = self.settings.target_error
         if error > self.settings.guard and (decision.density or 0.0) >= (self.density or 0.0):
             self.strikes += 1
-            top = self.settings.max_density
-            if target is None or self.density is None or self.strikes > 1 or decision.density == top:
+            if target is None or self.density is None or self.strikes > 1:
                 self.guarded = error
             else:
-                self.least = min(self.density * (1 + NEWS), top)
+                self.least = min(self.density * (1 + NEWS), self.settings.max_density)
+        elif error <= self.settings.guard:
+            self.strikes = 0
         if target is not None and decision.density is not None:
             need = self._need(decision.density, error)
             if self._needed < math.inf:

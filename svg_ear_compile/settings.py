@@ -159,7 +159,7 @@ class Settings:
         "and with density off",
     )  # fmt: skip
     measure_every: int = _setting(
-        4, _integer(0), "an integer >= 0; 0 means never",
+        5, _integer(0), "an integer >= 0; 0 means never",
         "every so many sparse calls of a layer, and in its first few, the error is measured on sampled rows",
     )  # fmt: skip
     audit: bool = _setting(

@@ -173,6 +173,17 @@ def test_the_time_of_a_call_is_linear_between_measured_densities() -> None:
     assert times.of(row("default, skipped blocks dropped", 0.2, 30)) == pytest.approx(48)
 
 
+def test_choosing_forms_is_counted() -> None:
+    curves, levels = import_benchmark("quality_curves"), import_benchmark("levels")
+    other = {"shape": "LTX", "choosing ms": 9.0}
+    told = [{"shape": "Wan 14B 720p", "choosing ms": 48.0}, other]
+    times, free = curves.Times(records(), told, 24), curves.Times(records())
+    for name, more in (("default", 2), ("default, centroids only", 2), ("svg_ear", 0)):
+        assert times.of(row(name, 0.2, 30)) == pytest.approx(free.of(row(name, 0.2, 30)) + more)
+    level = levels.Row("wan", "high", 8, [40.0], [1.0], 0.3, 60, {"warm-up steps": 40})
+    assert level.expected_time(times) == pytest.approx(level.expected_time(free) + 48 / (8 * 200))
+
+
 def test_a_record_that_failed_its_check_has_no_time() -> None:
     curves = import_benchmark("quality_curves")
     failed = [record("svg2", d, 40, **{"speed-up": "check failed"}) for d in (0.1, 0.3)]
@@ -242,11 +253,14 @@ def test_page_and_picture_from_what_was_written(tmp_path: Path) -> None:
     levels.write([level], tmp_path / "levels.json", told)
     attention = {"run": {"device": "a chip"}, "records": records()}
     (tmp_path / "attention.json").write_text(json.dumps(attention))
+    nothing = [{"shape": "Wan 14B 720p", "choosing ms": 0.0}]
+    (tmp_path / "measuring.json").write_text(json.dumps({"records": nothing}))
     page, marks = tmp_path / "page.md", ("<!-- measured -->", "<!-- levels -->")
     page.write_text("Before\n" + "".join(f"{mark}\nold\n{mark}\nafter {mark}\n" for mark in marks))
     plot.main([
         "--quality", str(tmp_path / "rows.json"), "--levels", str(tmp_path / "levels.json"),
-        "--attention", str(tmp_path / "attention.json"), "--png", str(tmp_path / "picture.png"),
+        "--attention", str(tmp_path / "attention.json"),
+        "--measuring", str(tmp_path / "measuring.json"), "--png", str(tmp_path / "picture.png"),
         "--page", str(page),
     ])  # fmt: skip
     printed = page.read_text()

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 def test_a_quarter_of_the_attention_keeps_30_db(monkeypatch: pytest.MonkeyPatch) -> None:
     """30 steps, the first 20% dense, density 0.25. Writes outputs/quality_tiny_wan.json."""
     pytest.importorskip("diffusers")
+    pytest.importorskip("imageio_ffmpeg")
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     benchmark, tiny_clips = (importlib.import_module(name) for name in ("quality", "tiny_clips"))
     clips = tiny_clips.Clips(clips=2)
