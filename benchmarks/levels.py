@@ -28,6 +28,7 @@ from tiny_clips import Clips, add_arguments, clips_of
 from torch import Tensor
 
 from svg_ear_compile import quality, report
+from svg_ear_compile.schedule import FEW_STEPS
 from svg_ear_compile.settings import QUALITY
 
 STEP_COUNTS = (30, 8, 4)
@@ -68,13 +69,13 @@ class Row(NamedTuple):
 
         A dense call takes as long as a dense call; a sparse one is taken to be linear in its density, and in
         the shares of heads in splits and with first-order terms. Each layer chooses forms as measuring.py
-        has it.
+        has it, once where steps are few.
         """
         fixed, more = times.line()
         density = self.density or 0.0
         sparse = fixed + more * density + times.extra(density, self.splits, self.first_order)
-        chosen = times.choosing / (self.steps * times.dense)
-        return 1 - self.sparse_share * (1 - sparse / times.dense) + chosen
+        choosing = times.choosing if self.steps > FEW_STEPS else times.choosing_first
+        return 1 - self.sparse_share * (1 - sparse / times.dense) + choosing / (self.steps * times.dense)
 
 
 def measure(

@@ -47,8 +47,13 @@ class Times:
         measuring: Sequence[dict[str, Any]] = (),
         sparse_calls: int = 1,
     ) -> None:
-        """measuring: records of measuring.py; sparse_calls: of a layer in one generation."""
-        self.choosing: float = sum(r["choosing ms"] for r in measuring if r["shape"] == SHAPE)
+        """measuring: records of measuring.py; sparse_calls: of a layer in one generation.
+
+        choosing, choosing_first: milliseconds of both choices of a generation, and of the first.
+        """
+        told = [r for r in measuring if r["shape"] == SHAPE]
+        self.choosing: float = sum(r["choosing ms"] for r in told)
+        self.choosing_first: float = sum(r["choosing, dense ms"] - r["dense ms"] for r in told)
         self._sparse_calls = sparse_calls
         of_shape = [r for r in records if r["shape"] == SHAPE]
         if not of_shape:

@@ -78,26 +78,27 @@ def _spread(found: Spread | None, how: str) -> str:
 def picture(rows: Sequence[Row], times: Times, path: Path) -> None:
     names = list(dict.fromkeys(row.model for row in rows))
     figure, axes = plt.subplots(
-        2, len(names), figsize=(0.5 + 3.5 * len(names), 6.5), sharey=True, squeeze=False,
+        2, len(names), figsize=(0.5 + 3.5 * len(names), 7.2), sharey=True, squeeze=False,
         constrained_layout=True,
     )  # fmt: skip
+    shown: dict[str, Any] = {}
     for (above, below), model in zip(axes.T, names, strict=True):
         for number, run in enumerate(RUNS):
             points = sorted((r for r in rows if (r.model, r.name) == (model, run)), key=lambda r: r.density)
             decibels = [statistics.mean(r.psnr) for r in points]
             color = f"C{number}"
-            above.plot([r.density for r in points], decibels, "o-", color=color, label=run)
+            (shown[run],) = above.plot([r.density for r in points], decibels, "o-", color=color)
             below.plot(*_line(curve(points, times)), "o-", color=color)
             if run in THEIRS:
                 free = _line(curve(points, times, free=True))
-                below.plot(*free, "o:", color=color, mfc="none", label=f"{run}, clusters free")
+                (shown[f"{run}, clusters free"],) = below.plot(*free, "o:", color=color, mfc="none")
         above.set(title=model, xlabel="density")
         below.set(xlabel=f"ms of one attention call at {SHAPE}")
     for axis in axes.flat:
         axis.grid(alpha=0.3)
     for axis in axes[:, 0]:
         axis.set_ylabel("PSNR against the dense clip, dB")
-        axis.legend(fontsize="small")
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=4, fontsize="small")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -454,6 +454,8 @@ def test_forms_are_chosen_again_in_mid_generation() -> None:
             assert not decision.anew
     assert len(tries) == 1
     assert MIDDLE * STEPS <= tries[0] < MIDDLE * STEPS + RESPLIT
+    few = generation(known(density=0.3), power(0.2, 1.0), FEW_STEPS, WARM_UP)
+    assert not any(s.decision.orders for s in few[WARM_UP:]), "few steps are over before it is worth it"
 
 
 def test_what_is_tried_in_mid_generation_steers() -> None:

@@ -175,13 +175,15 @@ def test_the_time_of_a_call_is_linear_between_measured_densities() -> None:
 
 def test_choosing_forms_is_counted() -> None:
     curves, levels = import_benchmark("quality_curves"), import_benchmark("levels")
-    other = {"shape": "LTX", "choosing ms": 9.0}
-    told = [{"shape": "Wan 14B 720p", "choosing ms": 48.0}, other]
+    forms = {"dense ms": 200.0, "choosing, dense ms": 230.0, "choosing ms": 48.0}
+    told = [{"shape": "Wan 14B 720p", **forms}, {"shape": "LTX", **forms}]
     times, free = curves.Times(records(), told, 24), curves.Times(records())
     for name, more in (("default", 2), ("default, centroids only", 2), ("svg_ear", 0)):
         assert times.of(row(name, 0.2, 30)) == pytest.approx(free.of(row(name, 0.2, 30)) + more)
     level = levels.Row("wan", "high", 8, [40.0], [1.0], 0.3, 60, {"warm-up steps": 40})
-    assert level.expected_time(times) == pytest.approx(level.expected_time(free) + 48 / (8 * 200))
+    assert level.expected_time(times) == pytest.approx(level.expected_time(free) + 30 / (8 * 200))
+    level = level._replace(steps=30)
+    assert level.expected_time(times) == pytest.approx(level.expected_time(free) + 48 / (30 * 200))
 
 
 def test_a_record_that_failed_its_check_has_no_time() -> None:
@@ -253,7 +255,7 @@ def test_page_and_picture_from_what_was_written(tmp_path: Path) -> None:
     levels.write([level], tmp_path / "levels.json", told)
     attention = {"run": {"device": "a chip"}, "records": records()}
     (tmp_path / "attention.json").write_text(json.dumps(attention))
-    nothing = [{"shape": "Wan 14B 720p", "choosing ms": 0.0}]
+    nothing = [{"shape": "LTX", "choosing ms": 9.0, "choosing, dense ms": 9.0, "dense ms": 1.0}]
     (tmp_path / "measuring.json").write_text(json.dumps({"records": nothing}))
     page, marks = tmp_path / "page.md", ("<!-- measured -->", "<!-- levels -->")
     page.write_text("Before\n" + "".join(f"{mark}\nold\n{mark}\nafter {mark}\n" for mark in marks))
