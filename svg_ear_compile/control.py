@@ -48,7 +48,7 @@ WORTH = 0.85
 """Making orders once in RESPLIT calls takes a tenth of a call's time (H200, 720p): an error that is so much
 smaller saves more than that."""
 FIRST_ORDER_WORTH = 0.9
-"""The same for first-order terms: they take 4 to 6 ms of a call's 30 to 67 (H100, 720p, if all heads have them)."""
+"""The same for first-order terms: in all heads they take 4 to 6 ms of a call's 30 to 67 (H100, 720p)."""
 MIDDLE = 0.4
 """Forms are chosen again in the first call behind this share of the steps that makes orders anew. Not of few
 steps, which are over before it is worth it."""
