@@ -26,7 +26,8 @@ from timing import milliseconds
 from tqdm import tqdm
 from video_shapes import SHAPES, Inputs, Shape, make_inputs, padding_mask
 
-from svg_ear_compile.control import FIRST_CALLS, ORDERS, TRIAL
+from svg_ear_compile.control import FIRST_CALLS, TRIAL
+from svg_ear_compile.forms import ORDERS
 from svg_ear_compile.kernels import context, ops  # noqa: F401 - registers the ops
 from svg_ear_compile.settings import Settings
 

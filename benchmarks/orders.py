@@ -38,7 +38,8 @@ from torch.overrides import TorchFunctionMode
 
 from svg_ear_compile import tiny_wan
 from svg_ear_compile.cli import size_argument
-from svg_ear_compile.control import ORDERS, TRIAL, choose
+from svg_ear_compile.control import TRIAL
+from svg_ear_compile.forms import ORDERS, choose
 from svg_ear_compile.kernels import context, measure, planning
 from svg_ear_compile.kernels.constants import SiteConstants
 

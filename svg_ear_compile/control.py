@@ -10,9 +10,9 @@ never depends on how fast anything was.
   the sampled rows. From their errors follow the density to begin with, and how fast the error falls with it.
   Without such a step, or before it can be read, it begins with the cautious FIRST_DENSITY.
 - It tries each density in up to four forms: in both ORDERS where the frame grid is known, and in each with
-  and without first-order terms (kernels/first_order.py). Each head goes by the form with the smallest error,
-  once what a form costs is counted (WORTH, FIRST_ORDER_WORTH). Orders of splits are made in one sparse call
-  of RESPLIT, and used again in the others: tokens hardly move against each other from step to step.
+  and without first-order terms; each head goes by the form that forms.py chooses. Orders of splits are made
+  in one sparse call of RESPLIT, and used again in the others: tokens hardly move against each other from step
+  to step.
 - In the middle of a generation it chooses again, at its density: attention of nearly clean video is another.
 - Then it measures the first sparse calls, every measure_every-th of the others, and what follows a change
   of density. The error is taken to fall as exp(-rate span(d)) with the density d (`span`): AIM of the target
@@ -38,17 +38,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .forms import ORDERS, choose, heads_of
 from .schedule import DEFAULT_NUM_STEPS, FEW_STEPS
 from .settings import Settings
+from .sums import Error, Sums, error_of
 
 LAG = 2
 TRIAL = (0.15, 0.45)
-ORDERS = ("cubes", "splits")
-WORTH = 0.85
-"""Making orders once in RESPLIT calls takes a tenth of a call's time (H200, 720p): an error that is so much
-smaller saves more than that."""
-FIRST_ORDER_WORTH = 0.9
-"""The same for first-order terms: in all heads they take 4 to 6 ms of a call's 30 to 67 (H100, 720p)."""
 MIDDLE = 0.4
 """Forms are chosen again in the first call behind this share of the steps that makes orders anew. Not of few
 steps, which are over before it is worth it."""
@@ -84,54 +80,6 @@ _REMEMBERED = 256
 """Steps of a layer in the report."""
 
 
-class Error(NamedTuple):
-    """Relative, of a whole call and of its worst head. See `Sums.errors`."""
-
-    call: float
-    worst_head: float
-
-
-class Sums:
-    """Error sums [errors,2,B,H] of one call on their way from the device; `errors` waits for them."""
-
-    def __init__(self, sums: Tensor) -> None:
-        self._event = None
-        self._sums: Tensor | None = sums
-        self._read = sums
-        if sums.is_cuda:
-            self._sums = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True)
-            self._sums.copy_(sums, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record(torch.cuda.current_stream(sums.device))
-
-    def read(self) -> Tensor:
-        """[errors,2,B,H] float64 on the host."""
-        if self._sums is not None:
-            if self._event is not None:
-                self._event.synchronize()
-            self._read = self._sums.double()
-            self._sums = self._event = None  # the next call's sums get the pinned memory
-        return self._read
-
-    def errors(self) -> list[Error]:
-        """One for each thing measured.
-
-        Heads whose exact output is not finite say nothing; NaN where all are so. Infinite where an output
-        is not finite and the exact one is.
-        """
-        return [_error(*sums) for sums in self.read()]
-
-
-def _error(lost: Tensor, whole: Tensor) -> Error:
-    """lost, whole [B,H]: see kernels/measure.py."""
-    known = whole.isfinite()
-    lost = torch.where(known, lost.nan_to_num(nan=math.inf), 0)
-    whole = torch.where(known, whole, 0)
-    heads = (lost / whole.clamp(min=torch.finfo(torch.float32).tiny)).sqrt()
-    call = float((lost.sum() / whole.sum()).sqrt()) if whole.sum() > 0 else math.nan
-    return Error(call, float(heads.max()))
-
-
 class Decision(NamedTuple):
     """What a layer does at one step.
 
@@ -164,26 +112,11 @@ class Step:
 
     def error(self) -> Error | None:
         """Of the output, where it was measured; trials of a dense call are no such. Waits for the device."""
-        return None if self.sums is None or self.decision.dense else _error(*self.sums.read()[0])
+        return None if self.sums is None or self.decision.dense else error_of(*self.sums.read()[0])
 
     def true_error(self) -> Error | None:
         """The same over all rows, with the setting `audit`."""
         return None if self.audited is None else self.audited.errors()[0]
-
-
-def choose(sums: Tensor) -> tuple[Tensor, Tensor]:
-    """(order, form) of each head, [H] int64, from sums [orders,densities,forms,2,B,H] of a trial.
-
-    What counts is the squared error of a head, of the batch together, and of several densities, since these
-    lie far apart, the mean of the logarithms.
-    """
-    lost = sums[:, :, :, 0].sum(-2).clamp(min=torch.finfo(sums.dtype).tiny).log().mean(1)
-    orders, forms, _ = lost.shape
-    worth = torch.outer(torch.tensor([1.0, WORTH]), torch.tensor([1.0, FIRST_ORDER_WORTH]))
-    score = lost - 2 * worth[:orders, :forms, None].log()
-    # The first of what is equal, the cheapest, where nothing is a number or everything infinite.
-    best = score.nan_to_num(nan=math.inf, posinf=math.inf).flatten(0, 1).argmin(0)
-    return best // forms, best % forms
 
 
 def span(density: float) -> float:
@@ -194,11 +127,6 @@ def span(density: float) -> float:
 def density_of(span: float) -> float:
     """The inverse."""
     return span if span >= POWER else POWER * math.exp(span / POWER - 1)
-
-
-def _heads(chosen: Tensor) -> tuple[bool, ...]:
-    """[H], or () where there are none."""
-    return tuple(chosen.bool().tolist()) if chosen.any() else ()
 
 
 @dataclass(eq=False)
@@ -330,7 +258,7 @@ class Control:
         return decision._replace(measure=(self.density,), orders=orders, terms=terms)
 
     def _is_new(self) -> bool:
-        """Whether no measurement was made near the density that is now used."""
+        """Whether no measurement was made near the density that is now thought right."""
         last = None if self._last is None else self._last.decision.density
         return self.density != last and (
             last is None or self.density is None or abs(math.log(self.density / last)) > NEWS
@@ -342,7 +270,7 @@ class Control:
         own = 0 if decision.dense else 1
         if len(sums) > own and (decision.orders or decision.terms):
             sums = self._choose(sums[own:], decision)
-        errors = [max(_error(*call).call, 1e-9) for call in sums]
+        errors = [max(error_of(*call).call, 1e-9) for call in sums]
         if any(math.isnan(error) for error in errors):
             return
         if entry.decision.dense:
@@ -375,10 +303,10 @@ class Control:
         sums = sums.unflatten(0, (max(len(decision.orders), 1), -1, 1 + decision.terms))
         order, form = choose(sums)
         if decision.orders:
-            before, self.split_heads = self.split_heads, _heads(order)
+            before, self.split_heads = self.split_heads, heads_of(order)
             self._anew = self._anew or self.split_heads != before
         if decision.terms:
-            self.first_order = _heads(form)
+            self.first_order = heads_of(form)
         return sums[order, :, form, :, :, torch.arange(len(order))].permute(1, 2, 3, 0)
 
     def _learn_trial(self, entry: Step, errors: list[float]) -> None:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from svg_ear_compile import schedule
 from svg_ear_compile.calls import CallPlan, SparseCallable
-from svg_ear_compile.control import ORDERS, RESPLIT
+from svg_ear_compile.control import RESPLIT
 from svg_ear_compile.errors import call_errors
+from svg_ear_compile.forms import ORDERS
 from svg_ear_compile.kernels import context
 from svg_ear_compile.kernels.context import Measure
 from svg_ear_compile.passes.site import GraphInputs

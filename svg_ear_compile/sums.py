@@ -1,0 +1,61 @@
+"""What was measured in a call, on its way from the device: error sums, and the errors they amount to.
+
+The sums (kernels/measure.py) travel to pinned memory while the GPU goes on; whoever reads them waits for
+their event.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Error(NamedTuple):
+    """Relative, of a whole call and of its worst head. See `Sums.errors`."""
+
+    call: float
+    worst_head: float
+
+
+class Sums:
+    """Error sums [errors,2,B,H] of one call on their way from the device; `errors` waits for them."""
+
+    def __init__(self, sums: Tensor) -> None:
+        self._event = None
+        self._sums: Tensor | None = sums
+        self._read = sums
+        if sums.is_cuda:
+            self._sums = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True)
+            self._sums.copy_(sums, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(sums.device))
+
+    def read(self) -> Tensor:
+        """[errors,2,B,H] float64 on the host."""
+        if self._sums is not None:
+            if self._event is not None:
+                self._event.synchronize()
+            self._read = self._sums.double()
+            self._sums = self._event = None  # the next call's sums get the pinned memory
+        return self._read
+
+    def errors(self) -> list[Error]:
+        """One for each thing measured.
+
+        Heads whose exact output is not finite say nothing; NaN where all are so. Infinite where an output
+        is not finite and the exact one is.
+        """
+        return [error_of(*sums) for sums in self.read()]
+
+
+def error_of(lost: Tensor, whole: Tensor) -> Error:
+    """lost, whole [B,H]: see kernels/measure.py."""
+    known = whole.isfinite()
+    lost = torch.where(known, lost.nan_to_num(nan=math.inf), 0)
+    whole = torch.where(known, whole, 0)
+    heads = (lost / whole.clamp(min=torch.finfo(torch.float32).tiny)).sqrt()
+    call = float((lost.sum() / whole.sum()).sqrt()) if whole.sum() > 0 else math.nan
+    return Error(call, float(heads.max()))
