@@ -69,7 +69,7 @@ def make_blocks(
         arranged, ends, state = kmeans(video, seen, counts[0], carried, seed)
     elif order in ("auto", "cubes", "splits"):
         everywhere = order == "splits" or grid is None
-        runs = _runs((True,) * H if everywhere else split_heads)
+        runs = runs_of((True,) * H if everywhere else split_heads)
         state = _split(video, seen, block, runs, carried)
         if grid is None or everywhere:
             arranged = state.long()
@@ -102,8 +102,11 @@ def make_blocks(
     return Blocks(remember(device, same, slots), remember(device, (*same, block), offsets)), None
 
 
-def _runs(chosen: Sequence[bool]) -> list[tuple[slice, slice]]:
-    """Runs of successive chosen heads: (their numbers among all heads, their numbers among the chosen)."""
+def runs_of(chosen: Sequence[bool]) -> list[tuple[slice, slice]]:
+    """Runs of successive chosen heads: (their numbers among all heads, their numbers among the chosen).
+
+    Slices need no copy to the device, which a CUDA graph could not record.
+    """
     runs, number = [], 0
     for wanted, run in itertools.groupby(range(len(chosen)), lambda head: chosen[head]):
         heads = list(run)

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .cluster import runs_of
 from .dispatch import kernels_for
 from .plan import Plan, Terms
 
@@ -36,10 +37,11 @@ def terms(plan: Plan, scale: float, heads: Sequence[bool]) -> Terms | None:
     """Of the chosen heads [H]; None where none is."""
     if not any(heads):
         return None
-    chosen = torch.tensor(heads)
-    places = torch.where(chosen, chosen.cumsum(0) - 1, -1).int()
-    # So few bytes are read before `to` returns, and the device is not waited for.
-    places, numbers = (x.to(plan.key.device, non_blocking=True) for x in (places, chosen.nonzero()[:, 0]))
+    runs, device = runs_of(heads), plan.key.device
+    places = torch.full((len(heads),), -1, dtype=torch.int32, device=device)
+    for among_all, among_chosen in runs:
+        places[among_all] = torch.arange(among_chosen.start, among_chosen.stop, device=device)
+    numbers = torch.cat([torch.arange(run.start, run.stop, device=device) for run, _ in runs])
     return Terms(places, matrices(plan, scale, numbers))
 
 
