@@ -102,7 +102,7 @@ def difference(got: Run, expected: Run) -> float:
 def test_steps_and_calls_that_it_leaves_out_are_not_counted(cache: Any) -> None:
     """Inside of the hooks of all but first_block, attention is a graph of its own."""
     expected, steps = alone(cache)
-    beside = cached(cache, {"density": 1.0, "dense_steps": DENSE})
+    beside = cached(cache, {"density": 1.0, "dense_steps": DENSE, "measure_every": 1})
     assert difference(beside(steps=STEPS), expected) < 1e-5, "rounding, over all steps"
     dense = in_warm_up(steps)
     assert calls() == (len(steps) - dense, {"warm-up steps": dense})
