@@ -25,9 +25,13 @@ def covariances(
     found = key.new_zeros((B, len(heads), columns, D, D), dtype=torch.float32)
     for b in range(B):
         for i, h in enumerate(heads.tolist()):
-            sizes = offsets[b, h].diff().tolist()
-            blocks = (x[b, h, : sum(sizes)].float().split(sizes) for x in (key, value))
-            for j, (k, v) in enumerate(zip(*blocks, strict=True)):
-                k, v = k - key_centroids[b, h, j].float(), v - value_centroids[b, h, j].float()
-                torch.mm(k.mT, v, out=found[b, i, j]).div_(max(len(k), 1))
+            sizes = offsets[b, h].diff()
+            block = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)
+            k, v = (
+                (x[b, h, : len(block)].float() - centroids[b, h].float()[block]).split(sizes.tolist())
+                for x, centroids in ((key, key_centroids), (value, value_centroids))
+            )
+            for j in range(len(sizes)):
+                torch.mm(k[j].mT, v[j], out=found[b, i, j])
+            found[b, i, : len(sizes)] /= sizes.clamp(min=1)[:, None, None]
     return found.nan_to_num_(0, 0, 0)
