@@ -26,7 +26,7 @@ from timing import milliseconds
 from tqdm import tqdm
 from video_shapes import SHAPES, Inputs, Shape, make_inputs, padding_mask
 
-from svg_ear_compile.control import FIRST_CALLS, TRIAL
+from svg_ear_compile.control import AIM, TRIAL, Control
 from svg_ear_compile.forms import ORDERS
 from svg_ear_compile.kernels import context, ops  # noqa: F401 - registers the ops
 from svg_ear_compile.settings import Settings
@@ -34,9 +34,15 @@ from svg_ear_compile.settings import Settings
 STEPS, DENSE_STEPS, WARM_UP = 50, 10, 2
 
 
-def measured_calls(sparse: int, every: int) -> int:
-    """How many of so many sparse calls are measured, if the density stays."""
-    return sum(call < FIRST_CALLS or call % every == 0 for call in range(sparse))
+def measured_calls() -> int:
+    """How many sparse calls of a layer in a generation are measured, if its error is what is aimed at."""
+    told = Settings(first_order=False)
+    control, error = Control(told), AIM * (told.target_error or 0.0)
+    for step in range(DENSE_STEPS, STEPS):
+        decision = control.decide(step, num_steps=STEPS)
+        sums = torch.tensor([error**2, 1.0]).view(1, 2, 1, 1)
+        control.ran(step, decision, None if decision.measure is None else sums)
+    return sum(step.sums is not None for step in control.steps)
 
 
 def measure(shape: Shape, inputs: Inputs, density: float, repeats: int) -> dict[str, Any]:
@@ -75,7 +81,7 @@ def measure(shape: Shape, inputs: Inputs, density: float, repeats: int) -> dict[
     times = dict(zip(kinds, medians, strict=True))
     dense, chosen, sparse, own, again = times.values()
     sparse_calls = STEPS - DENSE_STEPS
-    more = chosen - dense + again - own + measured_calls(sparse_calls, told.measure_every) * (own - sparse)
+    more = chosen - dense + again - own + measured_calls() * (own - sparse)
     lost, whole = measured["choosing, sparse ms"][:2].sum((2, 3)).T
     errors = (lost / whole).sqrt()
     return {

@@ -39,7 +39,7 @@ from torch.overrides import TorchFunctionMode
 from svg_ear_compile import tiny_wan
 from svg_ear_compile.cli import size_argument
 from svg_ear_compile.control import TRIAL
-from svg_ear_compile.forms import ORDERS, choose
+from svg_ear_compile.forms import ORDERS, choose, losses_of
 from svg_ear_compile.kernels import context, measure, planning
 from svg_ear_compile.kernels.constants import SiteConstants
 
@@ -129,7 +129,7 @@ class Layer:
             torch.stack([self.sums(drawn, order, density, terms=True) for density in TRIAL])
             for order in ORDERS
         ]
-        return choose(torch.stack(of_orders)[..., None, :].double())
+        return choose(losses_of(torch.stack(of_orders)[..., None, :].double()))
 
 
 def error(sums: Tensor) -> float:

@@ -84,6 +84,7 @@ class SparseCallable:
     ) -> None:
         self.compiled, self.plan, self.settings, self.record = compiled, plan, settings, record
         self._threads = threading.local()
+        self._warm_steps = 0
         self._warned: set[str] = set()
         self._fixed: dict[Any, Any] = {}
         self._names = {site.site: site.module_path for site in record.sites}
@@ -116,7 +117,10 @@ class SparseCallable:
         tick = clock.tick
         num_steps, source = clock.num_steps(settings.num_steps)
         first = schedule.dense_count(settings.dense_steps, num_steps)
-        record.steps = f"{first} dense first steps, of {num_steps} ({source})"
+        if tick.step == 0 or tick.step < first:
+            self._warm_steps = min(tick.step + 1, first)
+        dense = max(self._warm_steps, first)  # more than there should be, if the timesteps show that too late
+        record.steps = f"{dense} dense first steps, of {num_steps} ({source})"
         call.totals = record.totals_on(device)
         call.mask_ids = plan.mask_ids
         call.counters = record.fallbacks

@@ -14,11 +14,13 @@ never depends on how fast anything was.
   in one sparse call of RESPLIT, and used again in the others: tokens hardly move against each other from step
   to step.
 - In the middle of a generation it chooses again, at its density: attention of nearly clean video is another.
+  What the trial before found counts as much: where most of a head's error lies in few rows, one may miss them.
 - Then it measures the first sparse calls, every measure_every-th of the others, and what follows a change
   of density. The error is taken to fall as exp(-rate span(d)) with the density d (`span`): AIM of the target
   needs ln(error / (AIM target)) / rate more of that. One measurement may be far too low, where most of the
   error lies in few rows: it leads down by no more than LOWER. Differences within HYSTERESIS are left alone.
-- In the last steps errors grow fastest: the density has something to spare (LATE).
+- Towards the end errors grow faster: they are measured more often (OFTEN), and in the last steps the density
+  has something to spare (LATE). Where there is not so much to spare, the layer is dense.
 - Where steps are few (schedule.FEW_STEPS) errors change more from one to the next. As long as nothing can
   be read, a smaller target than FIRST_TARGET begins denser, or dense; more is to spare, and sooner.
 - Where more than max_density is needed, sparsity would not pay: the layer goes dense, and tries again, as
@@ -38,7 +40,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .forms import ORDERS, choose, heads_of
+from .forms import ORDERS, choose, heads_of, losses_of
 from .schedule import DEFAULT_NUM_STEPS, FEW_STEPS
 from .settings import Settings
 from .sums import Error, Sums, error_of
@@ -68,10 +70,13 @@ LOWER = 0.4
 """What is needed falls by no more than as if the error's logarithm had, from one measurement to the next."""
 HALF = 0.5
 """In one decision the density goes down to this share at most: below, the error may be any."""
-LATE, LATE_OF_FEW = (0.8, 1.4), (0.5, 2.5)
+OFTEN = 2 / 3
+"""Behind this share of the steps every LAG-th is measured: those whose errors the last two can go by."""
+LATE, LATE_OF_FEW = (0.87, 2.2), (0.5, 2.5)
 """Behind this share of the steps errors may become so many times as large, the more the nearer the end: that
-much the density has to spare. Of 4 and 8 steps those of some layers grow 5 to 9 times in the last two, before
-that mostly less than twice; of 30 steps up to 3 times in the last six (three tiny models)."""
+much the density has to spare. Of 30 steps the errors of 95% of the layers grow less than 1.5 times in two
+steps, of the last two steps up to 2.6 times; of 4 and 8 steps some grow 5 to 9 times in the last two, before
+that mostly less than twice (three tiny models)."""
 HYSTERESIS = 0.1
 """Smaller relative changes of density are not made; nor is a layer dense that needs so little more."""
 NEWS = 0.3
@@ -153,10 +158,14 @@ class Control:
     _unread: deque[Step] = field(default_factory=deque)
     _last: Step | None = None
     """The last that measured."""
+    _measured_at: float | None = None
+    """The density that was thought right then; None: the call was dense."""
     _sparse_calls: int = 0
     _anew: bool = False
     """Whether other heads go by splits than those whose orders were kept."""
     _chosen_again: bool = False
+    _losses: Tensor | None = None
+    """What the forms of each head lose, as far as trials have shown."""
     _needed: float = math.inf
     """The density that was last found to be needed; infinite: none was."""
 
@@ -187,18 +196,19 @@ class Control:
             if not self.steered:
                 decision = Decision("nothing that was measured can be read yet", "nothing measured yet")
             return self._trial(decision) if retry else decision
-        every = self.settings.measure_every
-        often = self._sparse_calls < FIRST_CALLS or self._sparse_calls % (every or 1) == 0
-        in_doubt = self.strikes == 1 and not self._unread
-        due = bool(every) and not frozen and (often or in_doubt or self._is_new())
-        orders_due = self._sparse_calls % RESPLIT == 0
-        anew = self.settings.order != "kmeans" and (orders_due or self._anew)
         density = self.density
         if steered and density is not None:
             start, growth = LATE_OF_FEW if few else LATE
             late = min(max((step / num_steps - start) / (1 - start), 0.0), 1.0)
-            spare = late * math.log(growth) / self.rate
-            density = min(density_of(span(density) + spare), self.settings.max_density)
+            need = density_of(span(density) + late * math.log(growth) / self.rate)
+            if need > self.settings.max_density * (1 + HYSTERESIS):
+                reason = f"an error of {self.settings.target_error:g} needs more than max_density at the end"
+                return Decision(reason, "sparsity would not pay")
+            density = min(need, self.settings.max_density)
+        every = self.settings.measure_every
+        due = bool(every) and not frozen and self._is_due(step, num_steps)
+        orders_due = self._sparse_calls % RESPLIT == 0
+        anew = self.settings.order != "kmeans" and (orders_due or self._anew)
         decision = Decision(
             density=density, measure=() if due else None, split_heads=self.split_heads,
             first_order=self.first_order, anew=anew,
@@ -227,6 +237,7 @@ class Control:
         if sums is not None:
             self._unread.append(entry)
             self._last = entry
+            self._measured_at = None if decision.dense else self.density
 
     def _begin_denser(self) -> None:
         """FIRST_DENSITY for FIRST_TARGET, smaller targets need more; dense where max_density is less."""
@@ -257,9 +268,18 @@ class Control:
             return decision
         return decision._replace(measure=(self.density,), orders=orders, terms=terms)
 
+    def _is_due(self, step: int, num_steps: int) -> bool:
+        """Whether the call of this step is to be measured, if any is."""
+        every, left = self.settings.measure_every, num_steps - 1 - step
+        often = self._sparse_calls % every == 0
+        if self.settings.target_error is not None and step >= OFTEN * num_steps and left > 0:
+            often = left % min(every, LAG) == 0
+        in_doubt = self.strikes == 1 and not self._unread
+        return often or in_doubt or self._sparse_calls < FIRST_CALLS or self._is_new()
+
     def _is_new(self) -> bool:
         """Whether no measurement was made near the density that is now thought right."""
-        last = None if self._last is None else self._last.decision.density
+        last = self._measured_at
         return self.density != last and (
             last is None or self.density is None or abs(math.log(self.density / last)) > NEWS
         )
@@ -301,7 +321,9 @@ class Control:
     def _choose(self, sums: Tensor, decision: Decision) -> Tensor:
         """sums [orders * densities * forms,2,B,H] of a trial: chooses, and returns those of the choice."""
         sums = sums.unflatten(0, (max(len(decision.orders), 1), -1, 1 + decision.terms))
-        order, form = choose(sums)
+        losses = losses_of(sums)
+        self._losses = losses if self._losses is None else (self._losses + losses) / 2
+        order, form = choose(self._losses)
         if decision.orders:
             before, self.split_heads = self.split_heads, heads_of(order)
             self._anew = self._anew or self.split_heads != before

@@ -19,16 +19,18 @@ FIRST_ORDER_WORTH = 0.9
 """The same for first-order terms: in all heads they take 4 to 6 ms of a call's 30 to 67 (H100, 720p)."""
 
 
-def choose(sums: Tensor) -> tuple[Tensor, Tensor]:
-    """(order, form) of each head, [H] int64, from sums [orders,densities,forms,2,B,H] of a trial.
+def losses_of(sums: Tensor) -> Tensor:
+    """What each form of a head loses, [orders,forms,H], from sums [orders,densities,forms,2,B,H] of a trial:
+    the logarithm of its squared error, of the batch together, and of several densities, since these lie far
+    apart, the mean."""
+    return sums[:, :, :, 0].sum(-2).clamp(min=torch.finfo(sums.dtype).tiny).log().mean(1)
 
-    What counts is the squared error of a head, of the batch together, and of several densities, since these
-    lie far apart, the mean of the logarithms.
-    """
-    lost = sums[:, :, :, 0].sum(-2).clamp(min=torch.finfo(sums.dtype).tiny).log().mean(1)
-    orders, forms, _ = lost.shape
+
+def choose(losses: Tensor) -> tuple[Tensor, Tensor]:
+    """(order, form) of each head, [H] int64, from losses [orders,forms,H]."""
+    orders, forms, _ = losses.shape
     worth = torch.outer(torch.tensor([1.0, WORTH]), torch.tensor([1.0, FIRST_ORDER_WORTH]))
-    score = lost - 2 * worth[:orders, :forms, None].log()
+    score = losses - 2 * worth[:orders, :forms, None].log()
     # The first of what is equal, the cheapest, where nothing is a number or everything infinite.
     best = score.nan_to_num(nan=math.inf, posinf=math.inf).flatten(0, 1).argmin(0)
     return best // forms, best % forms

@@ -8,7 +8,8 @@ of models, each with a moment: the timestep (graphs of whole models), a fingerpr
   all models: Wan2.2's second transformer, first called in mid-trajectory, takes no warm-up.
 - branch: the ordinal of this model's calls at one moment (conditional, unconditional, ...).
 - the number of steps, of which a fraction may be dense: as told or set, or that of the previous generation
-  that began at the same moment. In a first generation of few steps, the third timestep shows it (few_steps).
+  that began at the same moment. In a first generation the timesteps show it: of few steps the third, of many
+  those of the middle (foreseen_steps).
 - a new generation begins when timesteps go against their direction, when a moment is the first one again,
   when a model's shapes change, or, where moments have no direction, when num_steps is set and reached.
 - without moments, each call is a step.
@@ -32,6 +33,8 @@ from typing import Any, NamedTuple
 DEFAULT_NUM_STEPS = 50
 FEW_STEPS = 16
 """Up to so many steps are foreseen from the first timesteps of a generation."""
+SEEN = 0.4
+"""Of many steps: by then they are clear, and none of those that remain is for the warm-up."""
 NEARLY_NOISE = 0.975
 """A tenth of the way of a schedule with flow shift 5; a fifth with shift 10."""
 _REMEMBERED = 32
@@ -162,7 +165,7 @@ class Clock:
             return setting, "the setting num_steps"
         if self._first in self._counts:
             return self._counts[self._first], "the previous generation"
-        foreseen = few_steps(self._noise)
+        foreseen = foreseen_steps(self._noise)
         if foreseen is not None:
             return foreseen, "the timesteps so far"
         return DEFAULT_NUM_STEPS, f"nothing: {DEFAULT_NUM_STEPS} is assumed"
@@ -185,23 +188,25 @@ def dense_count(dense_steps: int | float, num_steps: int) -> int:
     return dense_steps if isinstance(dense_steps, int) else math.floor(dense_steps * num_steps + 0.5)
 
 
-def few_steps(noise: Sequence[float], rounding: float = 1e-3) -> int | None:
-    """The number of steps of a generation, if its first sigmas, from 1 downwards, show that it has few.
+def foreseen_steps(noise: Sequence[float], rounding: float = 1e-3) -> int | None:
+    """The number of steps of a generation, if its sigmas so far, from 1 downwards, show it.
 
     After k of n steps a schedule with flow shift s (1: linear) has sigma / (1 - sigma) = s (n - k) / k. From
-    two such odds, after one step and after the last one seen, s and n follow. Timesteps may be rounded to
-    whole ones, of a thousand: n is the largest that they allow, so a long generation is not taken for a short
-    one. Where there is still nearly nothing but noise, nothing is foreseen: other schedules begin slowly.
+    two such odds, after half the steps seen and after all of them, s and n follow. Timesteps may be rounded
+    to whole ones, of a thousand: n is the largest that they allow, so a long generation is not taken for a
+    short one. Where there is still nearly nothing but noise, nothing is foreseen: other schedules begin
+    slowly. Nor are many steps before SEEN of them: what they would allow may be any number.
     """
     k = len(noise) - 1
     if k < 2 or noise[k] > NEARLY_NOISE:
         return None
-    fallen, all_fallen = 1 - noise[1] + rounding, 1 - noise[k] - rounding
+    half = k // 2
+    fallen, all_fallen = 1 - noise[half] + rounding, 1 - noise[k] - rounding
     if not 0 < fallen < all_fallen < 1:
         return None
-    ratio = (1 / fallen - 1) / (1 / all_fallen - 1)
-    steps = k * (ratio - 1) / (ratio - k) if ratio > k else math.inf
-    return max(round(steps), k + 1) if steps <= FEW_STEPS else None
+    ratio = (1 / fallen - 1) / (1 / all_fallen - 1) * half / k  # (n - half) / (n - k)
+    steps = (ratio * k - half) / (ratio - 1) if ratio > 1 else math.inf
+    return max(round(steps), k + 1) if steps <= max(FEW_STEPS, k / SEEN) else None
 
 
 _thread = threading.local()

@@ -18,6 +18,7 @@ from svg_ear_compile.control import (
     LAG,
     LATE,
     LATE_OF_FEW,
+    OFTEN,
     RATE,
     RETRY,
     TRIAL,
@@ -32,8 +33,10 @@ from svg_ear_compile.sums import Sums
 @pytest.mark.parametrize("warm_up", [0, 1, 6])
 def test_it_meets_the_target(needed: float, model: str, warm_up: int) -> None:
     world = measured(model, needed)
-    sparse = [s for s in generation(make(target_error=0.04), world, warm_up=warm_up) if not s.decision.dense]
-    assert len(sparse) == STEPS - warm_up
+    steps = generation(make(target_error=0.04), world, warm_up=warm_up)[warm_up:]
+    sparse = [s for s in steps if not s.decision.dense]
+    ending = [s.step for s in steps if s.decision.dense]
+    assert not ending or (needed == 0.5 and min(ending) > LATE[0] * STEPS), "max_density leaves too little"
     densities = [s.decision.density or 0.0 for s in sparse]
     errors = [world(d, 0) for d in densities]
     assert all(error <= 1.5 * 0.04 for error in errors[LAG + 1 :])
@@ -48,8 +51,8 @@ def test_it_meets_the_target(needed: float, model: str, warm_up: int) -> None:
 @pytest.mark.parametrize("slope", [0.6, 1.0, 2.0])
 def test_errors_that_fall_otherwise_are_met_too(needed: float, slope: float) -> None:
     """Like a power of the density: later, as the density that is needed is misjudged at first."""
-    sparse = [s.decision for s in generation(make(target_error=0.04), power(needed, slope), warm_up=WARM_UP)]
-    errors = [power(needed, slope)(d.density or 0.0, 0) for d in sparse[WARM_UP:]]
+    decisions = [s.decision for s in generation(make(target_error=0.04), power(needed, slope))][WARM_UP:]
+    errors = [0.0 if d.dense else power(needed, slope)(d.density or 0.0, 0) for d in decisions]
     assert max(errors) <= 3 * 0.04
     late = int(LATE[0] * STEPS) - 2 * WARM_UP
     assert all(0.04 / 1.5 <= error <= 1.5 * 0.04 for error in errors[late // 2 : late])
@@ -95,11 +98,13 @@ def test_without_a_warm_up_it_starts_cautiously() -> None:
 
 def test_it_measures_every_so_often_and_what_is_new() -> None:
     steps = generation(make(target_error=0.04, measure_every=5, first_order=False), power(0.2, 1.0))
-    assert [s.step for s in steps if s.sums] == [WARM_UP - LAG, 6, 7, 8, 11, 16, 21, 26]
+    assert [s.step for s in steps if s.sums] == [WARM_UP - LAG, 6, 7, 8, 11, 16, 21, 23, 25, 27]
+    often = [s.step for s in generation(make(target_error=0.04, measure_every=1), power(0.2, 1.0)) if s.sums]
+    assert often == [WARM_UP - LAG, *range(WARM_UP, STEPS)]
     assert not any(s.sums for s in generation(make(density=0.2, measure_every=0), power(0.2, 1.0)))
     easier = lambda d, step: power(0.2 if step < 20 else 0.05, 1.0)(d, step)  # noqa: E731
     steps = generation(make(target_error=0.04, measure_every=15, first_order=False), easier)
-    assert [s.step for s in steps if s.sums][4:] == [21, 21 + LAG, 21 + 2 * LAG], "a new density, each time"
+    assert [s.step for s in steps if s.sums][4:] == [21, 21 + LAG, 21 + 2 * LAG, 27], "a new density, each time"
 
 
 def test_a_decision_knows_what_is_two_steps_old_and_nothing_newer() -> None:
@@ -158,7 +163,7 @@ def test_of_few_steps_the_last_have_density_to_spare(steps: int) -> None:
 def test_with_more_steps_all_but_the_last_are_the_same_whatever_their_number() -> None:
     def decisions(num_steps: int, warm_up: int) -> list[Decision]:
         control, found = make(target_error=0.01, first_order=False), []
-        for step in range(int(LATE[0] * FEW_STEPS)):  # behind them the last of 17 begin
+        for step in range(int(OFTEN * FEW_STEPS)):  # behind them the last of 17 begin
             first = step < warm_up
             found.append(control.warm_up(step, warm_up) if first else control.decide(step, False, num_steps))
             densities = found[-1].measure if found[-1].dense else (found[-1].density,)
@@ -185,7 +190,22 @@ def test_where_it_would_not_pay_it_is_dense_and_tries_again() -> None:
 
 def test_a_slightly_larger_need_than_max_density_is_no_reason_to_go_dense() -> None:
     steps = generation(make(target_error=0.04, max_density=0.3), power(0.315, 1.0), warm_up=0)
-    assert not any(s.decision.dense for s in steps)
+    assert not any(s.decision.dense for s in steps if s.step < LATE[0] * STEPS)
+
+
+def test_the_last_steps_are_dense_where_max_density_leaves_nothing_to_spare() -> None:
+    """Errors that grow 2.5 times in the last two steps stay within twice the target, or are none."""
+
+    def world(density: float, step: int) -> float:
+        return measured("wan", needed)(density, step) * (2.5 if step >= STEPS - LAG else 1)
+
+    for needed, dense in ((0.2, 0), (0.55, 1)):
+        steps = generation(make(target_error=0.04), world)[WARM_UP:]
+        reasons = [s.decision.dense for s in steps if s.decision.dense]
+        assert reasons == ["an error of 0.04 needs more than max_density at the end"] * dense
+        assert steps[-1].decision.counter == ("sparsity would not pay" if dense else "")
+        errors = [world(s.decision.density or 1.0, s.step) for s in steps if not s.decision.dense]
+        assert max(errors) <= 2 * 0.04
 
 
 def test_the_guard_of_a_fixed_density() -> None:

@@ -102,7 +102,7 @@ def test_forms_are_chosen_again_in_mid_generation() -> None:
             tries.append(step)
             assert decision.anew
             assert (decision.measure, decision.orders, decision.terms) == ((0.3,), ORDERS, True)
-            of_forms = [lost(CUBES[:1], CUBES[:1] / 2), lost(CUBES[:1] / 2, CUBES[:1] / 3)]
+            of_forms = [lost(CUBES[:1], CUBES[:1] / 2), lost(CUBES[:1] / 2, CUBES[:1] / 9)]
             measured = torch.cat([lost(CUBES[:1]), *of_forms])
         control.ran(step, decision, measured)
         if tries and step == tries[0] + 1:
@@ -116,6 +116,17 @@ def test_forms_are_chosen_again_in_mid_generation() -> None:
     assert MIDDLE * STEPS <= tries[0] < MIDDLE * STEPS + RESPLIT
     few = generation(known(density=0.3), power(0.2, 1.0), FEW_STEPS, WARM_UP)
     assert not any(s.decision.orders for s in few[WARM_UP:]), "few steps are over before it is worth it"
+
+
+def test_a_trial_counts_as_much_as_those_before() -> None:
+    """In the mean of both, splits of the first head err half as much, and those of the second twice."""
+    control = known(density=0.3)
+    errors = CUBES[:1, :2]
+    assert trial_of(control, errors, errors * torch.tensor([1.0, 16.0])).split_heads == ()
+    again = Decision(density=0.3, measure=(0.3,), orders=ORDERS, terms=True)
+    of_forms = [lost(errors, 2 * errors), lost(errors / 4, errors / 2)]
+    control.ran(WARM_UP, again, torch.cat([lost(errors), *of_forms]))
+    assert control.decide(WARM_UP + LAG).split_heads == (True, False)
 
 
 def test_what_is_tried_in_mid_generation_steers() -> None:

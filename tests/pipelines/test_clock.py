@@ -69,8 +69,16 @@ def test_few_steps_do_not_all_go_into_the_warm_up() -> None:
     """With the default fraction, which of the 50 steps assumed would be 10."""
     tiny = make("wan", WHOLE, dense_steps=0.2)
     assert steps(tiny, 4) == (2, 2), "the third timestep shows that there are about four"
-    assert said() == {"1 dense first steps, of 4 (the timesteps so far)"}
+    assert said() == {"2 dense first steps, of 4 (the timesteps so far)"}
     assert steps(tiny, 4) == (3, 1)
+    assert said() == {"1 dense first steps, of 4 (the previous generation)"}
+
+
+def test_many_steps_show_in_mid_generation() -> None:
+    tiny = make("wan", WHOLE, dense_steps=0.2)
+    assert steps(tiny, 18) == (10, 8), "the first 10 of 50, until the ninth timestep shows that there are 18"
+    assert said() == {"8 dense first steps, of 18 (the timesteps so far)"}
+    assert steps(tiny, 18) == (14, 4)
 
 
 @pytest.mark.parametrize("how", [WHOLE, BLOCKWISE])
