@@ -14,13 +14,14 @@ never depends on how fast anything was.
   in one sparse call of RESPLIT, and used again in the others: tokens hardly move against each other from step
   to step.
 - In the middle of a generation it chooses again, at its density: attention of nearly clean video is another.
-  What the trial before found counts as much: where most of a head's error lies in few rows, one may miss them.
+  What the trial before found counts as much: where most of a head's error lies in few rows, one may miss
+  them.
 - Then it measures the first sparse calls, every measure_every-th of the others, and what follows a change
   of density. The error is taken to fall as exp(-rate span(d)) with the density d (`span`): AIM of the target
   needs ln(error / (AIM target)) / rate more of that. One measurement may be far too low, where most of the
   error lies in few rows: it leads down by no more than LOWER. Differences within HYSTERESIS are left alone.
-- Towards the end errors grow faster: they are measured more often (OFTEN), and in the last steps the density
-  has something to spare (LATE). Where there is not so much to spare, the layer is dense.
+- Towards the end errors grow faster: they are measured more often (OFTEN) and lead down less, and in the last
+  steps the density has something to spare (LATE). Where there is not so much to spare, the layer is dense.
 - Where steps are few (schedule.FEW_STEPS) errors change more from one to the next. As long as nothing can
   be read, a smaller target than FIRST_TARGET begins denser, or dense; more is to spare, and sooner.
 - Where more than max_density is needed, sparsity would not pay: the layer goes dense, and tries again, as
@@ -66,8 +67,9 @@ RATE, RATES = 5.0, (2.0, 12.0)
 exp(-rate d) with rates of 4 to 7 between densities of 0.15 and 0.6 (docs/QUALITY.md)."""
 POWER = 0.14
 """Densities below go by their logarithm: there errors fall like a power of them."""
-LOWER = 0.4
-"""What is needed falls by no more than as if the error's logarithm had, from one measurement to the next."""
+LOWER, LOWER_LATE = 0.4, 0.15
+"""What is needed falls by no more than as if the error's logarithm had, from one measurement to the next: the
+second where errors are measured OFTEN, since they grow."""
 HALF = 0.5
 """In one decision the density goes down to this share at most: below, the error may be any."""
 OFTEN = 2 / 3
@@ -77,6 +79,8 @@ LATE, LATE_OF_FEW = (0.87, 2.2), (0.5, 2.5)
 much the density has to spare. Of 30 steps the errors of 95% of the layers grow less than 1.5 times in two
 steps, of the last two steps up to 2.6 times; of 4 and 8 steps some grow 5 to 9 times in the last two, before
 that mostly less than twice (three tiny models)."""
+FEW_TARGET = 0.04
+"""Of few steps the errors of smaller targets grow by another root of what they are smaller: so they did."""
 HYSTERESIS = 0.1
 """Smaller relative changes of density are not made; nor is a layer dense that needs so little more."""
 NEWS = 0.3
@@ -166,6 +170,8 @@ class Control:
     _chosen_again: bool = False
     _losses: Tensor | None = None
     """What the forms of each head lose, as far as trials have shown."""
+    _often: bool = False
+    """Whether errors are measured OFTEN by now."""
     _needed: float = math.inf
     """The density that was last found to be needed; infinite: none was."""
 
@@ -180,8 +186,9 @@ class Control:
 
     def decide(self, step: int, frozen: bool = False, num_steps: int = DEFAULT_NUM_STEPS) -> Decision:
         """What to do at a step behind the warm-up. frozen: nothing can be read or measured just now."""
-        steered = self.settings.target_error is not None
-        few = num_steps <= FEW_STEPS and steered
+        target = self.settings.target_error
+        few = num_steps <= FEW_STEPS and target is not None
+        self._often = step >= OFTEN * num_steps
         while not frozen and self._unread and self._unread[0].step <= step - LAG:
             self._learn(self._unread.popleft())
         if few and not self.steered:
@@ -197,12 +204,14 @@ class Control:
                 decision = Decision("nothing that was measured can be read yet", "nothing measured yet")
             return self._trial(decision) if retry else decision
         density = self.density
-        if steered and density is not None:
+        if target is not None and density is not None:
             start, growth = LATE_OF_FEW if few else LATE
+            if few:
+                growth *= math.sqrt(max(FEW_TARGET / target, 1.0))
             late = min(max((step / num_steps - start) / (1 - start), 0.0), 1.0)
             need = density_of(span(density) + late * math.log(growth) / self.rate)
             if need > self.settings.max_density * (1 + HYSTERESIS):
-                reason = f"an error of {self.settings.target_error:g} needs more than max_density at the end"
+                reason = f"an error of {target:g} needs more than max_density at the end"
                 return Decision(reason, "sparsity would not pay")
             density = min(need, self.settings.max_density)
         every = self.settings.measure_every
@@ -272,7 +281,7 @@ class Control:
         """Whether the call of this step is to be measured, if any is."""
         every, left = self.settings.measure_every, num_steps - 1 - step
         often = self._sparse_calls % every == 0
-        if self.settings.target_error is not None and step >= OFTEN * num_steps and left > 0:
+        if self.settings.target_error is not None and self._often and left > 0:
             often = left % min(every, LAG) == 0
         in_doubt = self.strikes == 1 and not self._unread
         return often or in_doubt or self._sparse_calls < FIRST_CALLS or self._is_new()
@@ -310,10 +319,7 @@ class Control:
         elif error <= self.settings.guard:
             self.strikes = 0
         if target is not None and decision.density is not None:
-            need = self._need(decision.density, error)
-            if self._needed < math.inf:
-                need = max(need, density_of(span(self._needed) - LOWER / self.rate))
-            self._needed = min(need, 1.0)
+            need = self._bounded(self._need(decision.density, error))
             # What was measured at a higher density has led down already: further down goes what comes next.
             if self.density is None or not need < self.density < decision.density:
                 self._move(need)
@@ -336,14 +342,21 @@ class Control:
         (low, high), (first, second) = entry.decision.measure, errors
         fallen = math.log(first / second) if max(errors) < math.inf else 0.0
         self.rate = min(max(fallen / (span(high) - span(low)), RATES[0]), RATES[1])
-        need = self._need(high, second)
-        self._needed = min(need, 1.0)
-        self._move(need, whole=True)
+        self._move(self._bounded(self._need(high, second)), whole=True)
 
     def _need(self, density: float, error: float) -> float:
         """The density that meets the target, if this one has this error."""
         assert self.settings.target_error is not None
         return density_of(span(density) + math.log(error / self.settings.target_error) / self.rate)
+
+    def _bounded(self, need: float) -> float:
+        """The density that is needed, remembered: it falls by no more than LOWER from what was, or, where the
+        layer was dense, from what would have paid."""
+        if self._needed < math.inf:
+            lower = LOWER_LATE if self._often and self.pays else LOWER
+            need = max(need, density_of(span(self._needed) - lower / self.rate))
+        self._needed = min(need, self.settings.max_density * (1 + HYSTERESIS))
+        return need
 
     def _move(self, need: float, whole: bool = False) -> None:
         """Towards the density that is needed, and a little more."""

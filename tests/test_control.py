@@ -104,7 +104,8 @@ def test_it_measures_every_so_often_and_what_is_new() -> None:
     assert not any(s.sums for s in generation(make(density=0.2, measure_every=0), power(0.2, 1.0)))
     easier = lambda d, step: power(0.2 if step < 20 else 0.05, 1.0)(d, step)  # noqa: E731
     steps = generation(make(target_error=0.04, measure_every=15, first_order=False), easier)
-    assert [s.step for s in steps if s.sums][4:] == [21, 21 + LAG, 21 + 2 * LAG, 27], "a new density, each time"
+    measured = [s.step for s in steps if s.sums]
+    assert measured[4:] == [21, 21 + LAG, 21 + 2 * LAG, 27], "a new density, each time"
 
 
 def test_a_decision_knows_what_is_two_steps_old_and_nothing_newer() -> None:
@@ -193,19 +194,23 @@ def test_a_slightly_larger_need_than_max_density_is_no_reason_to_go_dense() -> N
     assert not any(s.decision.dense for s in steps if s.step < LATE[0] * STEPS)
 
 
-def test_the_last_steps_are_dense_where_max_density_leaves_nothing_to_spare() -> None:
+@pytest.mark.parametrize(("needed", "dense"), [(0.2, 0), (0.55, 1)])
+def test_the_last_steps_are_dense_where_max_density_leaves_nothing_to_spare(
+    needed: float, dense: int
+) -> None:
     """Errors that grow 2.5 times in the last two steps stay within twice the target, or are none."""
 
-    def world(density: float, step: int) -> float:
-        return measured("wan", needed)(density, step) * (2.5 if step >= STEPS - LAG else 1)
+    calm = measured("wan", needed)
 
-    for needed, dense in ((0.2, 0), (0.55, 1)):
-        steps = generation(make(target_error=0.04), world)[WARM_UP:]
-        reasons = [s.decision.dense for s in steps if s.decision.dense]
-        assert reasons == ["an error of 0.04 needs more than max_density at the end"] * dense
-        assert steps[-1].decision.counter == ("sparsity would not pay" if dense else "")
-        errors = [world(s.decision.density or 1.0, s.step) for s in steps if not s.decision.dense]
-        assert max(errors) <= 2 * 0.04
+    def world(density: float, step: int) -> float:
+        return calm(density, step) * (2.5 if step >= STEPS - LAG else 1)
+
+    steps = generation(make(target_error=0.04), world)[WARM_UP:]
+    reasons = [s.decision.dense for s in steps if s.decision.dense]
+    assert reasons == ["an error of 0.04 needs more than max_density at the end"] * dense
+    assert steps[-1].decision.counter == ("sparsity would not pay" if dense else "")
+    errors = [world(s.decision.density or 1.0, s.step) for s in steps if not s.decision.dense]
+    assert max(errors) <= 2 * 0.04
 
 
 def test_the_guard_of_a_fixed_density() -> None:
