@@ -47,7 +47,8 @@ sys.path.append(str(Path(__file__).parents[1] / "examples" / "tiny_wan"))
 from kinds import KINDS, PATCH
 from scenes import Scenes
 
-SEED = 5  # of the clip and its noise; rows are drawn from the seeds behind it
+SEED = 5  # of the clip and its noise, and of the rows that choose
+OTHER_ROWS = 1000  # seeds further on: the rows that judge are others
 
 
 @dataclass
@@ -102,8 +103,8 @@ class Layer:
 
     def draw(self, rows: int, seed: int) -> tuple[Tensor, Tensor]:
         """(tokens [B,H,n], exact outputs [B,H,n,D] at them), n = rows, rounded up to whole draws."""
-        draws = range(-(-rows // measure.ROWS))
-        tokens = torch.cat([measure.sample(self.query.shape[2], self.query, seed + i) for i in draws], -1)
+        draws, length = range(-(-rows // measure.ROWS)), self.query.shape[2]
+        tokens = torch.cat([measure.sample(length, self.query, seed + i, measure.ROWS) for i in draws], -1)
         queries = measure.rows(self.query, tokens)
         return tokens, F.scaled_dot_product_attention(queries, self.key, self.value, attn_mask=self.mask)
 
@@ -124,7 +125,7 @@ class Layer:
 
     def choice(self) -> tuple[Tensor, Tensor]:
         """(order, form) of each head after a trial of a dense call (`control.py`)."""
-        drawn = self.draw(measure.TRIAL_ROWS, SEED)
+        drawn = self.draw(measure.count(self.query, trial=True), SEED)
         of_orders = [
             torch.stack([self.sums(drawn, order, density, terms=True) for density in TRIAL])
             for order in ORDERS
@@ -148,7 +149,7 @@ def compare(
         found: dict[float, list[dict[str, float]]] = {density: [] for density in densities}
         for number, tensors in enumerate(inputs[1:], 1):
             layer = Layer(*tensors, _grid(size), text_first=model == "cogvideox")
-            drawn = layer.draw(rows, SEED + len(TRIAL) * measure.TRIAL_ROWS)
+            drawn = layer.draw(rows, SEED + OTHER_ROWS)
             choices.setdefault(number, []).append(layer.choice())
             orders = made.setdefault((level, number), {})
             for density in densities:

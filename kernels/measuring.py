@@ -30,12 +30,12 @@ def measure_call(
     if request is not None:
 
         def sampled() -> Tensor:
-            slots = measure.sample(query.shape[2], query, request.seed)
+            slots = measure.sample(query.shape[2], query, request.seed, measure.count(query))
             tokens = plan.query_order.gather(-1, slots).long()
             error = measure.output_error(query, *keys(), out, tokens, scale)[None]
             if trial is None or not request.densities:
                 return error
-            tokens = measure.sample(query.shape[2], query, request.seed, measure.TRIAL_ROWS)
+            tokens = measure.sample(query.shape[2], query, request.seed, measure.count(query, trial=True))
             exact = measure.exact_rows(measure.rows(query, tokens), *keys(), scale)
             return torch.cat([error, trial(tokens, exact)])
 
@@ -50,7 +50,7 @@ def measure_dense(out: Tensor, c: SiteConstants, trial: Callable[[Tensor, Tensor
     if request is not None and request.densities:
 
         def tried() -> Tensor:
-            tokens = measure.sample(out.shape[2], out, request.seed, measure.TRIAL_ROWS)
+            tokens = measure.sample(out.shape[2], out, request.seed, measure.count(out, trial=True))
             return trial(tokens, measure.rows(out, tokens))
 
         _lay(context.current().measured, c, tried)

@@ -65,7 +65,6 @@ def test_nothing_waits_before_it_is_read():
 def test_forms_are_what_sparse_calls_of_them_measure(monkeypatch):
     """Orders with and without first-order terms, tried in a dense and in a sparse call, on all rows."""
     monkeypatch.setattr(measure, "ROWS", 10**6)
-    monkeypatch.setattr(measure, "TRIAL_ROWS", 10**6)
     qkv, density = inputs(SHAPE), CONSTANTS.density
     request, forms = context.Measure(1, (density,), ("cubes", "splits"), True), []
     for split in ((), (True,) * 3):
@@ -94,7 +93,6 @@ def test_the_same_bits_twice_and_another_seed_is_another_sample():
 def test_a_trial_is_what_the_sparse_call_then_makes(monkeypatch):
     """The plan's own formula against the kernel, on all rows: a trial draws tokens, a sparse call slots."""
     monkeypatch.setattr(measure, "ROWS", 10**6)
-    monkeypatch.setattr(measure, "TRIAL_ROWS", 10**6)
     qkv = inputs(SHAPE)
     _, dense = attend(qkv, context.Measure(1, (CONSTANTS.density,)), dense=True)
     _, sparse = attend(qkv, context.Measure(1))
@@ -103,7 +101,7 @@ def test_a_trial_is_what_the_sparse_call_then_makes(monkeypatch):
 
 @pytest.mark.parametrize(("heads", "share"), [(8, 0.01), (40, 0.003)])
 def test_a_measurement_takes_a_small_share_of_the_call(heads, share):
-    """Of 720p video, averaged over calls of which one in four is measured; medians of 15 in turns."""
+    """Of 720p video, averaged over calls of which one in measure_every is; medians of 15 in turns."""
     grid = (21, 45, 80)
     qkv = inputs((1, heads, math.prod(grid), 128))
     constants = SiteConstants(None, 0, False, list(grid), "auto", "output_error", True, 0.25, 0, SITE)

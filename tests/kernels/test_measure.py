@@ -65,14 +65,25 @@ def sums_of(out: Tensor, attn_mask: Tensor | None = None) -> Tensor:
 
 def test_a_sample_has_one_row_of_each_stretch() -> None:
     like = torch.empty(2, 3, 1)
-    slots = measure.sample(1000, like, 1)
+    slots = measure.sample(1000, like, 1, measure.ROWS)
     assert slots.shape == (2, 3, measure.ROWS)
     stretch = torch.arange(measure.ROWS)
     assert ((slots >= stretch * 1000 // measure.ROWS) & (slots < (stretch + 1) * 1000 // measure.ROWS)).all()
-    assert torch.equal(slots, measure.sample(1000, like, 1))
-    assert not torch.equal(slots, measure.sample(1000, like, 2))
+    assert torch.equal(slots, measure.sample(1000, like, 1, measure.ROWS))
+    assert not torch.equal(slots, measure.sample(1000, like, 2, measure.ROWS))
     assert not torch.equal(slots[0, 0], slots[1, 2]), "each head has rows of its own"
-    assert measure.sample(7, like, 1)[1, 2].tolist() == list(range(7))
+    assert measure.sample(7, like, 1, measure.ROWS)[1, 2].tolist() == list(range(7))
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "length", "rows"),
+    [(1, 40, 75600, 64), (2, 40, 75600, 64), (1, 24, 118080, 64), (1, 16, 75600, 128), (1, 2, 75600, 1024),
+     (1, 2, 16384, 256), (1, 2, 4096, 64), (1, 2, 100, 64)],
+)  # fmt: skip
+def test_few_heads_have_more_rows(batch: int, heads: int, length: int, rows: int) -> None:
+    like = torch.empty(batch, heads, length, 128, device="meta")
+    assert measure.count(like) == rows
+    assert measure.count(like, trial=True) == 4 * rows
 
 
 @pytest.mark.parametrize("merged", [True, False])
@@ -94,7 +105,7 @@ def test_a_sample_is_right_on_average() -> None:
     out = attend(call(), constants())
     found = torch.zeros(2, 2, 3)
     for seed in range(200):
-        slots = measure.sample(query.shape[2], query, seed)
+        slots = measure.sample(query.shape[2], query, seed, measure.ROWS)
         found += measure.output_error(query, key, value, None, out, slots, 16**-0.5)
     expected = sums_of(out) * 200 * measure.ROWS / query.shape[2]
     torch.testing.assert_close(found.double(), expected, rtol=0.05, atol=0)
@@ -105,7 +116,6 @@ def test_a_sample_is_right_on_average() -> None:
 def test_a_trial_is_what_the_sparse_call_then_measures(order, routing, masked, monkeypatch) -> None:
     """On all rows: a trial draws tokens, a sparse call slots."""
     monkeypatch.setattr(measure, "ROWS", 10**6)
-    monkeypatch.setattr(measure, "TRIAL_ROWS", 10**6)
     attn_mask = mask() if masked else None
     dense, sparse = call(0.15, 0.5, dense=True), call(density={SITE: 0.5})
     attend(dense, constants(order, routing), attn_mask)
@@ -140,7 +150,6 @@ def test_orders_are_tried_on_the_same_rows() -> None:
 def test_forms_are_what_sparse_calls_of_them_measure(masked, monkeypatch) -> None:
     """Orders with and without first-order terms, in a dense call and in a sparse one behind its own error."""
     monkeypatch.setattr(measure, "ROWS", 10**6)
-    monkeypatch.setattr(measure, "TRIAL_ROWS", 10**6)
     attn_mask, orders, forms = mask() if masked else None, ("cubes", "splits"), []
     for order in orders:
         for heads in ((), (True,) * 3):
