@@ -73,12 +73,12 @@ LOWER, LOWER_LATE = 0.4, 0.15
 second where errors are measured OFTEN, since they grow."""
 HALF = 0.5
 """In one decision the density goes down to this share at most: below, the error may be any."""
-SMALL = 0.04
+SMALL, SMALLER = 0.04, 0.02
 """Targets below. Their errors grow sooner: of 30 steps, those of 5% of the layers 1.7 to 2 times in two steps
 from the 25th on, if the target is 0.01."""
 OFTEN = 2 / 3
 """Behind this share of the steps every LAG-th is measured: those whose errors the last two can go by."""
-LATE, LATE_OF_FEW = (0.87, 2.2), (0.5, 2.5)
+LATE, LATE_OF_SMALLER, LATE_OF_FEW = (0.87, 2.2), (0.8, 3.1), (0.5, 2.5)
 """Behind this share of the steps errors may become so many times as large, the more the nearer the end: that
 much the density has to spare. Of 30 steps the errors of 95% of the layers grow less than 1.5 times in two
 steps, of the last two steps up to 2.6 times; of 4 and 8 steps some grow 5 to 9 times in the last two, before
@@ -208,7 +208,7 @@ class Control:
             return self._trial(decision) if retry else decision
         density = self.density
         if target is not None and density is not None:
-            start, growth = LATE_OF_FEW if few else LATE
+            start, growth = LATE_OF_FEW if few else LATE if target >= SMALLER else LATE_OF_SMALLER
             if few:
                 growth *= math.sqrt(max(SMALL / target, 1.0))
             late = min(max((step / num_steps - start) / (1 - start), 0.0), 1.0)
