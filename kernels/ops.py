@@ -23,14 +23,7 @@ from torch import Tensor
 
 from . import context, first_order, planning
 from .constants import SiteConstants
-from .dense import (
-    dense_attention,
-    dense_keys,
-    drop_noop_mask,
-    like_output,
-    planned_keys,
-    shown_slots,
-)
+from .dense import dense_attention, dense_keys, drop_noop_mask, like_output
 from .dispatch import kernels_for
 from .fallback import sparse_or_dense
 from .measuring import measure_call, measure_dense, try_forms
@@ -146,7 +139,8 @@ def centroid_compensation(query: Tensor, out: Tensor, lse: Tensor, *plan_and_con
     out_is_dense = c.site in context.current().dense
 
     def keys() -> tuple[Tensor, Tensor, Tensor]:
-        return plan.key, plan.value, shown_slots(plan)
+        slots = torch.arange(query.shape[2], device=query.device)
+        return plan.key, plan.value, (slots < plan.key_offsets[..., -1:])[:, :, None, :]
 
     def sparse() -> Tensor:
         merged, variable = like_output(query), c.order == "kmeans"
@@ -187,7 +181,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | Non
             scale = c.scale_of(query)
             terms = first_order.terms(plan, scale, context.current().first_order.get(c.site, ()))
             out = kernels.attend(query, plan, scale, out, variable, terms=terms)
-        keys = partial(planned_keys, plan, attn_mask, c.site)
+        keys = partial(dense_keys, key, value, attn_mask, c.site)
         trial = partial(try_forms, query, key, value, attn_mask, c)
         measure_call(query, keys, _checked(out, query), plan, c, trial)
         return out
