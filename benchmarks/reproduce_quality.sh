@@ -21,7 +21,7 @@ for model in wan hunyuan cogvideox; do
     fi
     "$PYTHON" benchmarks/quality.py "${options[@]}" --json "$RESULTS/quality_$model.json"
     "$PYTHON" benchmarks/levels.py "${options[@]}" --clips 2 --json "$RESULTS/levels_$model.json"
-    "$PYTHON" benchmarks/error_budget.py "${options[@]}" --json "$RESULTS/error_budget_$model.json"
+    "$PYTHON" benchmarks/error_budget.py "${options[@]}" --no-fixed --clips 4 --json "$RESULTS/error_budget_$model.json"
 done
 "$PYTHON" benchmarks/attention.py --shapes wan --presets default,first_order,dropped,splits,svg_ear,svg2 \
     --densities .6,.3,.2,.1 --json "$RESULTS/attention_presets.json"
