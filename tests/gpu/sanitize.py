@@ -4,7 +4,8 @@ Without the caching allocator (PYTORCH_NO_CUDA_MEMORY_CACHING=1) each tensor has
 that a read behind its end is seen. The outputs are compared with the joint softmax of the plans: a watched
 run that computes nothing would pass.
 
-    --plain     without triton_hopper.py: Triton's own dialect alone, whose races are all reported
+    --plain     without triton_hopper.py: Triton's own dialect alone, whose races are all reported, and those
+                of no dense kernel of cuDNN's, where racecheck finds some
     --control   no kernel of ours, but one that only starts its groups of warps by gl.warp_specialize
 
 racecheck does not understand how Triton hands arguments over to groups of warps (gl.warp_specialize: through
@@ -21,6 +22,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
@@ -104,7 +106,8 @@ def main() -> None:
     if args.control:
         control()
     elif args.plain:
-        with mock.patch.object(triton_attention, "hopper_for", return_value=False):
+        plain = mock.patch.object(triton_attention, "hopper_for", return_value=False)
+        with plain, sdpa_kernel(SDPBackend.MATH):
             every_kernel()
     else:
         every_kernel()
