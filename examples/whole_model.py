@@ -10,7 +10,7 @@ from diffusers import WanTransformer3DModel
 
 model = WanTransformer3DModel(
     num_attention_heads=2, attention_head_dim=32, in_channels=4, out_channels=4, text_dim=16, freq_dim=32,
-    ffn_dim=64, num_layers=3, cross_attn_norm=True, qk_norm="rms_norm_across_heads",
+    ffn_dim=64, num_layers=2, cross_attn_norm=True, qk_norm="rms_norm_across_heads",
 ).eval()  # fmt: skip
 options = {"min_tokens": 256, "dense_steps": 0, "density": 0.25}
 compiled = torch.compile(model, backend="svg_ear", fullgraph=True, options=options)

@@ -30,7 +30,7 @@ def toy_inputs() -> ToyInputs:
 
 @pytest.fixture(scope="session")
 def inductor_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One for all tests of a run: none needs it warm, but headers are precompiled once only."""
+    """One for all tests of a process: none needs it warm."""
     return tmp_path_factory.mktemp("inductor")
 
 

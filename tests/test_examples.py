@@ -37,7 +37,7 @@ def decisions(sites: list[dict[str, object]]) -> dict[str, bool]:
 def test_whole_model(tmp_path: Path) -> None:
     """Self attention is rewritten, cross attention is dense and says why."""
     printed, sites = run("whole_model.py", tmp_path)
-    wanted = {f"blocks.{i}.attn1": True for i in range(3)} | {f"blocks.{i}.attn2": False for i in range(3)}
+    wanted = {f"blocks.{i}.attn1": True for i in range(2)} | {f"blocks.{i}.attn2": False for i in range(2)}
     assert decisions(sites) == wanted
     assert all("cross attention" in str(s["sentence"]) for s in sites if not s["rewritten"])
     difference = float(printed.split()[-1])

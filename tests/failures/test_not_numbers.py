@@ -40,7 +40,7 @@ def test_they_stay_where_they_are(masked: bool, merge: bool, preset: str) -> Non
     assert clean.isfinite().all()
     for bad in NOT_NUMBERS:
         for which, name in enumerate(["query", "key", "value"]):
-            for tokens in ((17,), (17, 18, 200), tuple(range(260))):
+            for tokens in ((17,), tuple(range(260))):
                 arguments = (packed(bad, which, tokens), mask)
                 got, dense = run(*arguments), model(*arguments)
                 where = f"{bad} in {name} at {len(tokens)} tokens"

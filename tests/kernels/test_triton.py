@@ -101,7 +101,7 @@ if INTERPRETED:
     @pytest.mark.parametrize("config", [ONE_BY_ONE, PAIRS, WALK], ids=["one by one", "pairs", "walk"])
     @pytest.mark.parametrize("head_dim", [64, 96])
     def test_first_order_terms(config, head_dim):
-        query, key, value = inputs(260, head_dim, batch=2, heads=3)
+        query, key, value = inputs(150, head_dim, batch=2, heads=3)
         plan = random_plan(query, key, value, equal=config is not WALK, num_text=20)
         chosen = (True, False, True)
         terms = first_order.terms(plan, SCALE, chosen)

@@ -89,7 +89,7 @@ if INTERPRETED:
         if tile is not None:
             monkeypatch.setattr(triton_splits, "_PARTITIONS", ((tile, 1),))
         g = torch.Generator().manual_seed(2)
-        for length, block in ((515, 64), (300, 32), (129, 128)):
+        for length, block in ((270, 32), (129, 128)):
             scale = 10.0 ** torch.randint(-30, 30, (length,), generator=g)
             along = torch.randn(2, length, generator=g) * scale
             if values == "ties":
@@ -112,23 +112,23 @@ if INTERPRETED:
 
     @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
     def test_splits(monkeypatch, masked):
-        x = tokens(2, 2, 500, 32).transpose(1, 2).contiguous().transpose(1, 2)
+        x = tokens(2, 2, 300, 32).transpose(1, 2).contiguous().transpose(1, 2)
         valid = None
         if masked:
-            valid = torch.rand(2, 500, generator=torch.Generator().manual_seed(0)) < 0.8
+            valid = torch.rand(2, 300, generator=torch.Generator().manual_seed(0)) < 0.8
         expected = splits.splits(x, valid, 64)
         monkeypatch.setattr(splits, "kernels_for", lambda x: SimpleNamespace(splits=triton_splits))
         actual = splits.splits(x, valid, 64)
         assert is_permutation(actual)
         # Rounding may send a token to the other side, and what follows another way: not where it matters.
         assert (actual == expected).float().mean() > 0.9
-        moved = [x.gather(2, order[..., None].expand_as(x))[:, :, :320] for order in (actual, expected)]
+        moved = [x.gather(2, order[..., None].expand_as(x))[:, :, :192] for order in (actual, expected)]
         assert radius(moved[0], 64) == pytest.approx(radius(moved[1], 64), rel=1e-3)
         if masked:
             live = valid[:, None].expand(2, 2, -1).gather(2, actual).int()
             assert (live.diff(dim=-1) <= 0).all(), "masked tokens come last"
         poisoned = x.clone()
-        poisoned[1, 1, [3, 400]] = math.nan
+        poisoned[1, 1, [3, 200]] = math.nan
         again = splits.splits(poisoned, valid, 64)
         assert is_permutation(again)
         others = torch.tensor([[True, True], [True, False]])

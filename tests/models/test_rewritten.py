@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import pytest
@@ -23,7 +24,9 @@ def check(
     regional: bool,
     dynamic: bool | None = None,
     merge: bool = True,
+    counted: bool = False,
 ) -> None:
+    """counted: whether the number of graphs is compared, which takes as long again."""
     (model, arguments), (eager, _) = build(name), build(name)
     backend = Backend(Knobs(merge=merge), rewrites=True)
     calls = [arguments(*size) | {"return_dict": False} for size in sizes]
@@ -35,7 +38,7 @@ def check(
             near = (1e-3 if halved else 2e-6) * expected.abs().max().item()  # sana_wm attends in bfloat16
             torch.testing.assert_close(got, expected, atol=near, rtol=1e-5)
     assert any(site.verdict.rewrite for site in backend.sites)
-    if len(sizes) > 1:
+    if counted:
         untouched = capture(build(name)[0], *calls, regional=regional, dynamic=dynamic)
         assert len(backend.captured) == len(untouched.captured), "no recompilation that would not be anyway"
 
@@ -43,21 +46,24 @@ def check(
 @pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
 @pytest.mark.parametrize("name", REWRITTEN)
 def test_whole(name: str, dynamic: bool | None) -> None:
-    check(name, SIZES, regional=False, dynamic=dynamic)
+    sizes = SIZES[:2] if dynamic else SIZES
+    check(name, sizes, regional=False, dynamic=dynamic, counted=name == "wan")
 
 
 @pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
 @pytest.mark.parametrize("name", sorted(REGIONAL & set(REWRITTEN)))
 def test_block_by_block(name: str, dynamic: bool | None) -> None:
-    check(name, SIZES, regional=True, dynamic=dynamic)
+    sizes = SIZES[:2] if dynamic else SIZES
+    check(name, sizes, regional=True, dynamic=dynamic, counted=name == "hunyuan_video")
 
 
-@pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
 @pytest.mark.parametrize("name", REWRITTEN)
-def test_three_ops(name: str, dynamic: bool | None) -> None:
-    check(name, SIZES[:1], regional=False, dynamic=dynamic, merge=False)
+def test_three_ops(name: str) -> None:
+    """Of dynamic sizes, which are the harder part."""
+    check(name, SIZES[:1], regional=False, dynamic=True, merge=False)
 
 
+@pytest.mark.skipif(os.environ.get("SVG_EAR_TEST_ALL_MODELS") != "1", reason="test_plans.py runs them too")
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_models(name: str) -> None:
     check(name, [LARGER.get(name, SIZES[0])], regional=False)
