@@ -8,7 +8,7 @@ demo: .venv/ready
 	$(BIN)/svg-ear demo $(ARGS)
 
 test: lint types
-	$(BIN)/pytest -n 2 --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal $(ARGS)
 
 lint: .venv/ready
 	$(BIN)/ruff check .

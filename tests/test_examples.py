@@ -19,7 +19,10 @@ def run(name: str, tmp_path: Path, **environment: str) -> tuple[str, list[dict[s
     """(standard output, the sites of the report) of an example."""
     assert "svg_ear_compile" not in (EXAMPLES / name).read_text()
     report = tmp_path / "report.json"
-    variables = {"SVG_EAR_REPORT": str(report), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    variables = {
+        "SVG_EAR_REPORT": str(report),
+        "SVG_EAR_INNER": "eager",
+    }  # Inductor: test_backend_inductor.py
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / name)],
         env={**os.environ, **variables, **environment},

@@ -82,8 +82,10 @@ if INTERPRETED:
         clean = split_steps.directions(x[:1], order[:1], live, start(16), 64, 2)
         torch.testing.assert_close(found[:1], clean, atol=1e-5, rtol=0)
 
-    @pytest.mark.parametrize("values", ["floats", "ties", "equal", "zeros", "masked"])
-    @pytest.mark.parametrize("tile", [None, 64], ids=["whole segments", "tiles"])
+    @pytest.mark.parametrize(
+        ("values", "tile"),
+        [(v, None) for v in ("floats", "ties", "equal", "zeros", "masked")] + [("ties", 64), ("masked", 64)],
+    )
     def test_halves(values, tile, monkeypatch):
         """Exactly the reference's, whichever coordinates there are."""
         if tile is not None:

@@ -26,8 +26,8 @@ else:
     @pytest.mark.parametrize("errors", ["random", "ties", "equal", "zeros", "bad"])
     @pytest.mark.parametrize("equal", [True, False], ids=["tiles", "clusters"])
     def test_one_budget(equal, errors):
-        for masked, density in ((False, 0.3), (True, 0.55)):
-            check(case(equal=equal, errors=errors, masked=masked), "output_error", density)
+        masked, density = (False, 0.3) if equal else (True, 0.55)
+        check(case(equal=equal, errors=errors, masked=masked), "output_error", density)
 
     @pytest.mark.parametrize("density", [0.0, 0.004, 0.1, 0.97, 1.0])
     def test_densities(density):

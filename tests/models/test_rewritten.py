@@ -54,7 +54,7 @@ def test_whole(name: str, dynamic: bool | None) -> None:
 @pytest.mark.parametrize("name", sorted(REGIONAL & set(REWRITTEN)))
 def test_block_by_block(name: str, dynamic: bool | None) -> None:
     sizes = SIZES[:2] if dynamic else SIZES
-    check(name, sizes, regional=True, dynamic=dynamic, counted=name == "hunyuan_video")
+    check(name, sizes, regional=True, dynamic=dynamic, counted=dynamic is None)
 
 
 @pytest.mark.parametrize("name", REWRITTEN)
