@@ -35,8 +35,8 @@ sanitize:
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q -c constraints.txt torch setuptools
-	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(BIN)/pip install -q --no-compile -c constraints.txt torch setuptools
+	$(BIN)/pip install -q --no-compile -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
 clean:

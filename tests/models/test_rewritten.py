@@ -63,7 +63,7 @@ def test_three_ops(name: str) -> None:
     check(name, SIZES[:1], regional=False, dynamic=True, merge=False)
 
 
-@pytest.mark.skipif(os.environ.get("SVG_EAR_TEST_ALL_MODELS") != "1", reason="test_plans.py runs them too")
+@pytest.mark.skipif(os.environ.get("SVG_EAR_TEST_ALL_MODELS") != "1", reason="test_plans.py runs most")
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_models(name: str) -> None:
     check(name, [LARGER.get(name, SIZES[0])], regional=False)
