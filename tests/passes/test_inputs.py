@@ -180,15 +180,14 @@ def mask_arguments_of(graph: Captured) -> list[str] | None:
     return None if found is None else [graph.placeholders[i] for i in found]
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize(
-    ("name", "regional", "argument"),
+    ("name", "regional", "argument", "dynamic"),
     [
-        ("hunyuan_video", False, "l_kwargs_encoder_attention_mask_"),
-        ("hunyuan_video", True, "l_attention_mask_"),
-        ("hunyuan_video15", True, "l_attention_mask_"),
-        ("motif_video", False, "l_encoder_attention_mask_"),
-        ("allegro", False, "l_attention_mask_"),
+        ("hunyuan_video", False, "l_kwargs_encoder_attention_mask_", None),
+        ("hunyuan_video", True, "l_attention_mask_", True),
+        ("hunyuan_video15", True, "l_attention_mask_", None),
+        ("motif_video", False, "l_encoder_attention_mask_", True),
+        ("allegro", False, "l_attention_mask_", None),
     ],
 )
 def test_what_a_mask_is_made_from(name: str, regional: bool, argument: str, dynamic: bool | None) -> None:

@@ -81,24 +81,21 @@ def test_many_steps_show_in_mid_generation() -> None:
     assert steps(tiny, 18) == (14, 4)
 
 
-@pytest.mark.parametrize("how", [WHOLE, BLOCKWISE])
-def test_a_fraction_of_steps_that_were_set(how: str) -> None:
-    tiny = make("wan", how, dense_steps=0.5, num_steps=4)
+def test_a_fraction_of_steps_that_were_set() -> None:
+    tiny = make("wan", WHOLE, dense_steps=0.5, num_steps=4)
     assert steps(tiny, 4, 4) == (4, 4)
     assert said() == {"2 dense first steps, of 4 (the setting num_steps)"}
 
 
-@pytest.mark.parametrize("how", [WHOLE, BLOCKWISE])
-def test_guidance_may_come_and_go(how: str) -> None:
-    tiny = make("wan", how, dense_steps=1)
+def test_guidance_may_come_and_go() -> None:
+    tiny = make("wan", BLOCKWISE, dense_steps=1)
     assert steps(tiny, 4, guided=1, guidance_scale=1.0) == (3, 1)
     assert steps(tiny, 4) == (3, 1)
     assert steps(tiny, 4, guided=1, guidance_scale=1.0) == (3, 1)
 
 
-@pytest.mark.parametrize("how", [WHOLE, BLOCKWISE])
-def test_the_second_transformer_takes_no_warm_up(how: str) -> None:
-    tiny = make("wan22", how, dense_steps=1)
+def test_the_second_transformer_takes_no_warm_up() -> None:
+    tiny = make("wan22", WHOLE, dense_steps=1)
     boundary = tiny.pipe.config.boundary_ratio * 1000
     assert steps(tiny, 4) == (3, 1)
     assert any(t < boundary for t in tiny.pipe.scheduler.timesteps)
