@@ -192,6 +192,7 @@ def test_where_it_would_not_pay_it_is_dense_and_tries_again() -> None:
     assert tried == [4, 4 + RETRY, 4 + 2 * RETRY]
     assert [s.step for s in steps if not s.decision.dense] == list(range(4 + 2 * RETRY + LAG, STEPS))
     assert not any(s.error() for s in steps if s.decision.dense), "a trial is no error of the output"
+    assert (steps[4 + 2 * RETRY + LAG].decision.density or 0.0) > 0.5, "one trial leads down a little"
 
 
 def test_a_slightly_larger_need_than_max_density_is_no_reason_to_go_dense() -> None:
