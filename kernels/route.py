@@ -7,10 +7,11 @@ block whose error is NaN, because nothing can be said about it.
 "output_error": one budget for a batch element, over all its heads and rows: density times all video pairs.
 Blocks are taken while they fit; the first that does not ends it, so the density is never exceeded.
 
-"svg_ear" (arXiv 2603.08982): a budget per row, the area that centroid top-p 0.9 would keep; the 5% of key
-blocks with the largest centroid mass first and in any case, then the others by error until the budget is
-spent, so the last may overshoot. A density scales all budgets of a batch element by one factor, the largest
-that does not exceed it; only the 5% may, when they alone are more.
+"svg_ear" (arXiv 2603.08982): a budget per row, in keys. With a density every row has the same one, density
+times the video keys of its head ("greedily selected under a fixed density budget", the paper's page);
+without one, what centroid top-p 0.9 would keep (the released code). The 5% of key blocks with the largest
+centroid mass go first and in any case, then the others by error until the budget is spent. So a row exceeds
+its budget by less than its last block, or where the 5% alone are more.
 
 "mass" (SVG2, arXiv 2505.18875): as "svg_ear" with the centroid mass for the error, so the 5% are nothing
 special: without a density just the blocks of top-p 0.9.
@@ -91,25 +92,24 @@ def route(
         if density is None:
             budget = (_top_p_cost(mass, cost) * rows).sum(dim=(1, 2))
         else:
-            budget = (_all_pairs(rows, columns) * density).long()
+            pairs = (rows.sum(-1) * columns.sum(-1)).sum(-1)
+            budget = (pairs.double() * density).long()
         chosen = _one_budget(error, cost, rows, budget)
     elif routing in ("svg_ear", "mass"):
-        pairs = None if density is None else _all_pairs(rows, columns) * density
         floor = (columns > 0).sum(-1)[..., None, None]
         floor = -(-floor * (FLOOR_PERCENT if routing == "svg_ear" else 0) // 100)
         score = _floor_first(error, mass, floor) if routing == "svg_ear" else mass
-        chosen = _row_budgets(score, _top_p_cost(mass, cost), cost, rows, floor, pairs)
+        if density is None:
+            budget = _top_p_cost(mass, cost)
+        else:
+            budget = (columns.sum(-1, keepdim=True).double() * density).ceil().long()
+        chosen = _row_budgets(score, cost, budget, floor)
     else:
         raise ValueError(f"unknown routing {routing!r}")
 
     kept = (key_sizes > 0)[:, :, None].expand(scores.error.shape).clone()
     kept[video] &= (chosen | unknown) & (rows > 0)[..., None]
     return kept
-
-
-def _all_pairs(rows: Tensor, columns: Tensor) -> Tensor:
-    """All video query-key pairs of each batch element [B], float64."""
-    return (rows.sum(-1) * columns.sum(-1)).sum(-1).double()
 
 
 def _one_budget(error: Tensor, cost: Tensor, rows: Tensor, budget: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ def _top_p(mass: Tensor) -> Tensor:
 
 
 def _top_p_cost(mass: Tensor, cost: Tensor) -> Tensor:
-    """Keys of those blocks [B,H,Cq] int64: the paper's budget, per query of the row."""
+    """Keys of those blocks [B,H,Cq] int64: the released code's budget of a row."""
     return torch.where(_top_p(mass), cost, 0).sum(-1)
 
 
@@ -141,52 +141,15 @@ def _floor_first(error: Tensor, mass: Tensor, floor: Tensor) -> Tensor:
     return torch.where(always, torch.inf, error.clamp(max=torch.finfo(error.dtype).max))
 
 
-def _row_budgets(
-    score: Tensor, budget: Tensor, cost: Tensor, rows: Tensor, floor: Tensor, pairs: Tensor | None
-) -> Tensor:
-    """The papers' rule, row by row: blocks by score until the budget [B,H,Cq] is spent, and the first `floor`
-    [B,H,1,1] in any case; bool. pairs [B]: wanted, or None."""
+def _row_budgets(score: Tensor, cost: Tensor, budget: Tensor, floor: Tensor) -> Tensor:
+    """Row by row blocks by score until the keys of budget [B,H,Cq or 1] are spent, and the first `floor`
+    [B,H,1,1] in any case; bool."""
     rank = score.argsort(dim=-1, descending=True, stable=True)
-    place = torch.arange(cost.shape[-1], device=cost.device)
     spent = cost.gather(-1, rank).cumsum(-1, dtype=torch.int32)
     before = torch.nn.functional.pad(spent[..., :-1], (1, 0))
-    if pairs is not None:
-        budget = _scaled(budget, before, spent, rows, floor[..., 0], pairs)
+    place = torch.arange(cost.shape[-1], device=cost.device)
     chosen = (before < budget[..., None]) | (place < floor)
     return torch.empty_like(chosen).scatter_(-1, rank, chosen)
-
-
-def _scaled(
-    budget: Tensor, before: Tensor, spent: Tensor, rows: Tensor, floor: Tensor, pairs: Tensor
-) -> Tensor:
-    """ceil(f * budget) with the largest factor f per batch element that keeps at most `pairs` pairs.
-
-    before, spent [B,H,Cq,Ck]: keys of a row before and after its k-th choice, so a row with the budget x
-    takes its first |{before < x}| blocks. Bisection on f in a fixed number of steps, each a search per row.
-    Rows of equal budgets take their next block at the same f: what is left is given to the first of them.
-    """
-
-    def area(budget: Tensor) -> Tensor:
-        number = torch.searchsorted(before, budget[..., None]).maximum(floor[..., None])
-        keys = spent.gather(-1, (number - 1).clamp(min=0)).masked_fill(number == 0, 0).squeeze(-1)
-        return (keys * rows).flatten(1)
-
-    # Nothing needs a factor beyond this: every row that holds a key has a budget of at least one.
-    high = spent[..., -1].amax(dim=(1, 2)).double() + 1
-    low = torch.zeros_like(high)
-    for _ in range(40):
-        middle = (low + high) / 2
-        fits = area(_times(budget, middle)).sum(-1) <= pairs
-        low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
-    less, more = _times(budget, low), _times(budget, high)
-    taken = area(less)
-    fits = (area(more) - taken).cumsum(-1) <= (pairs - taken.sum(-1))[:, None]
-    return torch.where(fits.view(less.shape), more, less)
-
-
-def _times(budget: Tensor, factor: Tensor) -> Tensor:
-    """ceil(factor * budget), int32, for the factors [B] of the batch elements."""
-    return (budget * factor[:, None, None]).ceil().clamp(max=2**31 - 1).to(torch.int32)
 
 
 def centroid_bias(scores: Scores, kept: Tensor, key_sizes: Tensor, routing: str, compensate: bool) -> Tensor:

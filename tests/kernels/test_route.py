@@ -59,6 +59,15 @@ class Case:
         return int(self.query_sizes.max()) * int(self.key_sizes.max())
 
 
+def make_rows_alike(case: Case) -> None:
+    """Equal tiles, and the same scores in every row."""
+    case.query_sizes.fill_(128)
+    case.key_sizes.fill_(64)
+    case.scores = probe.Scores(
+        *(x[:1, :1, :1].expand_as(x).nan_to_num(0, 0, -5).contiguous() for x in case.scores)
+    )
+
+
 def one_budget(case: Case, b: int, density: float) -> set[tuple[int, int, int]]:
     """Greedy over all heads and rows of batch element b, in plain Python."""
     blocks = [
@@ -108,20 +117,35 @@ def test_text_is_exact_and_empty_blocks_are_not(
         assert torch.equal(kept & filled, filled)
 
 
-@pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("density", [0.12, 0.25, 0.5, 0.9])
 @pytest.mark.parametrize("same_rows", [False, True])
-def test_density_is_hit_within_one_block(routing: str, density: float, same_rows: bool) -> None:
+def test_one_budget_is_hit_within_one_block(density: float, same_rows: bool) -> None:
     case = Case(video=(20, 40), seed=1)
-    if same_rows:  # equal tiles and equal budgets: every row would take its next block at the same factor
-        case.query_sizes.fill_(128)
-        case.key_sizes.fill_(64)
-        case.scores = probe.Scores(
-            *(x[:1, :1, :1].expand_as(x).nan_to_num(0, 0, -5).contiguous() for x in case.scores)
-        )
-    area, wanted = case.area(case.kept(routing, density)), density * case.all_pairs()
+    if same_rows:
+        make_rows_alike(case)
+    area, wanted = case.area(case.kept("output_error", density)), density * case.all_pairs()
     assert (area <= wanted).all()
     assert (area > wanted - case.largest()).all()
+
+
+@pytest.mark.parametrize("routing", ["svg_ear", "mass"])
+@pytest.mark.parametrize("density", [0.12, 0.5, 0.9])
+@pytest.mark.parametrize("same_rows", [False, True])
+def test_every_row_gets_the_same_share_of_keys(routing: str, density: float, same_rows: bool) -> None:
+    """density x keys, and less than one block more; or the floor of 5%, where that is more."""
+    case = Case(video=(20, 40), seed=1)
+    if same_rows:
+        make_rows_alike(case)
+    rows, columns = case.video
+    keys = case.key_sizes[:, :, None, :columns].double()
+    kept, floor = (case.kept(*x)[:, :, :rows, :columns] for x in ((routing, density), ("svg_ear", 0.0)))
+    there = case.query_sizes[..., :rows] > 0
+    spent, largest = (kept * keys).sum(-1), (kept * keys).amax(-1)
+    wanted = (density * keys.sum(-1)).expand_as(spent)
+    by_floor = (kept == floor).all(-1) & (routing == "svg_ear")
+    assert (spent >= wanted)[there].all()
+    assert ((spent < wanted + largest) | by_floor)[there].all()
+    assert not by_floor[there].all()
 
 
 def test_the_floor_is_kept_whatever_the_density() -> None:
@@ -365,15 +389,16 @@ def test_nothing_is_read_back_and_nothing_is_atomic(order: str, routing: str, de
     assert not watch.seen & (reads | atomics)
 
 
-# On these tokens both rules lose as much with splits at 0.1 (over ten seeds 0.305 and 0.306 on average).
+# With splits, whose blocks mix two clusters of these tokens, the papers' equal share for every row errs less
+# than one budget (0.176 and 0.194 at 0.25, four seeds): the probe does not see how far a block's queries spread.
 @pytest.mark.parametrize(
-    ("order", "density", "margin"),
-    [("splits", 0.1, 1.05), ("splits", 0.25, 1.0), ("kmeans", 0.1, 1.0), ("kmeans", 0.25, 1.0)],
+    ("order", "least"), [("splits", {"svg_ear", "output_error"}), ("kmeans", {"output_error"})]
 )
-def test_output_error_routing_loses_least(order: str, density: float, margin: float) -> None:
+@pytest.mark.parametrize("density", [0.1, 0.25])
+def test_routing_finds_the_blocks_that_matter(order: str, least: set[str], density: float) -> None:
     found = {
         routing: sum(output_error(order, routing, density, seed) for seed in range(3)) / 3
         for routing in ("output_error", "svg_ear", "random")
     }
-    assert found["output_error"] < margin * found["svg_ear"], found
-    assert found["svg_ear"] < 0.9 * found["random"], found
+    assert min(found, key=lambda routing: found[routing]) in least, found
+    assert max(found["svg_ear"], found["output_error"]) < 0.9 * found["random"], found
