@@ -34,7 +34,7 @@ def _tiles(query: Tensor, plan: Plan) -> Iterator[_Tile]:
     """The query blocks that hold queries."""
     B, H = query.shape[:2]
     query_offsets, counts = plan.query_offsets.tolist(), plan.kept_count.tolist()
-    blocks = torch.arange(plan.bias.shape[-1])
+    blocks = torch.arange(plan.bias.shape[-1], device=plan.key_offsets.device)
     for b in range(B):
         for h in range(H):
             block_of_slot = blocks.repeat_interleave(plan.key_offsets[b, h].diff())

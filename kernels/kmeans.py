@@ -63,7 +63,8 @@ def _first_tokens(valid: Tensor | None, n: int, clusters: int, seed: int, device
 
     Drawn on the CPU, so that every device starts alike; the global generator is not touched.
     """
-    drawn = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).to(device)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    drawn = torch.randperm(n, generator=generator, device="cpu").to(device)
     slots = torch.arange(clusters, device=device)
     if valid is None:
         return drawn[slots % n][None]

@@ -119,11 +119,13 @@ def probe(
                     base = 2 * (top - lse[rows].logsumexp(-1, keepdim=True))
                     lost = _per_block(weights.mT @ values, "sum", slices).square().sum(-1).mT
                 error[rows] = base + lost.clamp_(min=0).log()
-    mass = center + sizes.log()
+    # Of integers the logarithm would be of torch's default dtype.
+    log_sizes = sizes.float().log()
+    mass = center + log_sizes
     gap = (lse - mass).clamp_(min=0)
     # An infinite key may leave logits that are in order, but not the centroid of its block.
     error.masked_fill_(~gap.isfinite(), torch.nan)
-    return Scores(*(x.masked_fill_(sizes == 0, -torch.inf) for x in (error - sizes.log(), mass, gap)))
+    return Scores(*(x.masked_fill_(sizes == 0, -torch.inf) for x in (error - log_sizes, mass, gap)))
 
 
 def centroid_mass(
@@ -131,7 +133,7 @@ def centroid_mass(
 ) -> Scores:
     """The scores of routing "mass"; float32."""
     sizes = key_offsets.diff(dim=-1)[:, :, None]
-    mass = scale * (query_centroids.float() @ key_centroids.float().mT) + sizes.log()
+    mass = scale * (query_centroids.float() @ key_centroids.float().mT) + sizes.float().log()
     empty = (sizes == 0).expand_as(mass)
     error = mass.masked_fill(~mass.isfinite() & ~empty, torch.nan)
     return Scores(*(x.masked_fill(empty, -torch.inf) for x in (error, mass, torch.zeros_like(mass))))

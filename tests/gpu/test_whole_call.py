@@ -138,3 +138,18 @@ def test_memory_of_a_call_at_wan_720p():
     before = torch.cuda.memory_allocated()
     out = attend(qkv, None, fixed)
     assert torch.cuda.max_memory_allocated() - before - out.nbytes <= 2.5e9
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_neither_default_dtype_nor_default_device_matters(case):
+    shape, text, grid, order, routing = CASES[case]
+    qkv, fixed = inputs(shape), constants(text, grid, order, routing)
+    wanted = attend(qkv, None, fixed)
+    try:
+        for dtype, device in ((torch.bfloat16, None), (torch.float64, None), (torch.float32, "meta")):
+            torch.set_default_dtype(dtype)
+            torch.set_default_device(device)
+            assert torch.equal(attend(qkv, None, fixed), wanted), (dtype, device)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)

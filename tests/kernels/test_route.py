@@ -389,8 +389,8 @@ def test_nothing_is_read_back_and_nothing_is_atomic(order: str, routing: str, de
     assert not watch.seen & (reads | atomics)
 
 
-# With splits, whose blocks mix two clusters of these tokens, the papers' equal share for every row errs less
-# than one budget (0.176 and 0.194 at 0.25, four seeds): the probe does not see how far a block's queries spread.
+# Splits mix clusters of these tokens in a block. Then the papers' equal share for every row errs less than
+# one budget (0.176 and 0.194 at 0.25): the probe does not see how far the queries of a block spread.
 @pytest.mark.parametrize(
     ("order", "least"), [("splits", {"svg_ear", "output_error"}), ("kmeans", {"output_error"})]
 )
