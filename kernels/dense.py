@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import context
+from . import capture, context
 
 
 def like_output(query: Tensor) -> Tensor:
@@ -32,9 +32,9 @@ def _seen_keys(attn_mask: Tensor, site: int) -> int | None:
     """
     call = context.current()
     number = call.mask_ids.get(site, site)
+    if capture.is_recorded(attn_mask):  # a replay's mask may be another one
+        return None
     if number not in call.seen_keys:
-        if attn_mask.is_cuda and torch.cuda.is_current_stream_capturing():
-            return None
         call.seen_keys[number] = read_seen_keys(attn_mask)
     return call.seen_keys[number]
 

@@ -61,10 +61,14 @@ def kmeans(
 def _first_tokens(valid: Tensor | None, n: int, clusters: int, seed: int, device: torch.device) -> Tensor:
     """Distinct valid tokens to start from [1 or B, clusters]; with fewer valid ones they repeat.
 
-    Drawn on the CPU, so that every device starts alike; the global generator is not touched.
+    In the order of a 32-bit hash of their number and the seed: the same on every device, and nothing is
+    copied from the host, which a CUDA graph could not record.
     """
-    generator = torch.Generator("cpu").manual_seed(seed)
-    drawn = torch.randperm(n, generator=generator, device="cpu").to(device)
+    bits = 2**32 - 1
+    hashed = torch.arange(n, device=device) + (seed * 0x9E3779B9 & bits)
+    for _ in range(2):
+        hashed = (hashed ^ (hashed >> 16)) * 0x45D9F3B & bits
+    drawn = (hashed ^ (hashed >> 16)).argsort(stable=True)
     slots = torch.arange(clusters, device=device)
     if valid is None:
         return drawn[slots % n][None]

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from . import context, measure, planning
+from . import capture, context, measure, planning
 from .constants import SiteConstants
 from .dense import drop_noop_mask
 from .fallback import SiteError, warn_once
@@ -24,6 +24,8 @@ def measure_call(
     keys: makes key and value, in any order, and which of them there are (None: all). trial: `try_forms` with
     what it needs besides tokens and exact rows; where the host asked for it, its sums follow the error.
     """
+    if capture.is_recorded(query):
+        return
     call = context.current()
     request = call.measure.get(c.site)
     scale = c.scale_of(query)
@@ -47,7 +49,7 @@ def measure_call(
 def measure_dense(out: Tensor, c: SiteConstants, trial: Callable[[Tensor, Tensor], Tensor]) -> None:
     """In a dense call: measures what sparse ones would have lost, if the host asked for it."""
     request = context.current().measure.get(c.site)
-    if request is not None and request.densities:
+    if request is not None and request.densities and not capture.is_recorded(out):
 
         def tried() -> Tensor:
             tokens = measure.sample(out.shape[2], out, request.seed, measure.count(out, trial=True))

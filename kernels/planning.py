@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from . import cluster, context
+from . import capture, cluster, context
 from .constants import SiteConstants
 from .dispatch import kernels_for
 from .plan import KEY_BLOCK, QUERY_BLOCK, Plan, block_counts
@@ -24,12 +24,13 @@ def make_plan(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | Non
     grid = tuple(c.grid) or call.grid
     if grid is not None and math.prod(grid) != L - c.num_text:
         grid = None
-    carried = call.carried.get(c.site, (None, None))
+    recorded = capture.is_recorded(query)
+    carried = (None, None) if recorded else call.carried.get(c.site, (None, None))
     split_heads = call.split_heads.get(c.site, ())
     arrange = (c.num_text, c.text_first, c.order, grid, c.seed, split_heads, call.remember)
     queries, query_state = cluster.make_blocks(query, None, (vq, tq), QUERY_BLOCK, carried[0], *arrange)
     keys, key_state = cluster.make_blocks(key, valid, (vk, tk), KEY_BLOCK, carried[1], *arrange)
-    if query_state is not None and key_state is not None:
+    if query_state is not None and key_state is not None and not recorded:
         call.carried[c.site] = (query_state, key_state)
 
     kernels = kernels_for(query)
@@ -53,7 +54,8 @@ def make_plan(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | Non
     routed = kernels.route.select(
         scores, queries.offsets, keys.offsets, (vq, vk), c.routing, density, c.compensate
     )
-    call.totals.setdefault(c.site, context.SiteTotals()).add(routed.areas, B * H * (L - c.num_text) ** 2)
+    if call.totals is not None:
+        call.totals.setdefault(c.site, context.SiteTotals()).add(routed.areas, B * H * (L - c.num_text) ** 2)
     plan = Plan(
         key_p, value_p, queries.order, queries.offsets, keys.order, keys.offsets,
         key_centroids.to(query.dtype), value_centroids.to(query.dtype),

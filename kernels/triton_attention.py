@@ -25,8 +25,6 @@ tokens, and clusters of any sizes, cut into tiles here (also right for equal til
 
 from __future__ import annotations
 
-from functools import cache
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -34,8 +32,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .choice import MAX_HEAD_DIM, why_not_hopper
 from .plan import KEY_BLOCK, QUERY_BLOCK, Plan, Terms
-from .triton_configs import Config, config_for, hopper_for
+from .triton_configs import Config, config_for
 from .triton_tiles import LN_2, LOG2_E, capability, descriptor, load_rows
 
 
@@ -287,23 +286,13 @@ def attend(
     terms: Terms | None = None,
 ) -> Tensor:
     """Both in one. Without a config the GPU's best kernel, which may be the one in triton_hopper.py."""
-    chosen = config is None and scale > 0 and hopper_for(capability(query.device), query, variable)
-    if chosen and (hopper := _hopper()) is not None:
-        return hopper.attend(query, plan, scale, out, schedule(plan, QUERY_BLOCK, variable)[0], terms)
+    found = capability(query.device), query.dtype, query.shape[-1], variable, triton.__version__
+    if config is None and scale > 0 and not why_not_hopper(*found):
+        from . import triton_hopper
+
+        return triton_hopper.attend(query, plan, scale, out, schedule(plan, QUERY_BLOCK, variable)[0], terms)
     _launch(query, plan, scale, out, None, None, variable, config, terms)
     return out
-
-
-@cache
-def _hopper() -> ModuleType | None:
-    """triton_hopper.py, if this is a Triton for which it was written: Gluon is experimental."""
-    if not (3, 6) <= tuple(int(x) for x in triton.__version__.split(".")[:2]) <= (3, 9):
-        return None
-    try:
-        from . import triton_hopper
-    except ImportError:
-        return None
-    return triton_hopper
 
 
 def schedule(plan: Plan, block_m: int, variable: bool) -> tuple[Tensor, Tensor]:
@@ -336,8 +325,8 @@ def _launch(
 ) -> None:  # fmt: skip
     B, H, L, D = query.shape
     Cq, Ck = plan.bias.shape[-2:]
-    if D > 256:
-        raise ValueError(f"head_dim {D} is not supported: at most 256")
+    if D > MAX_HEAD_DIM:
+        raise ValueError(f"head_dim {D} is not supported: at most {MAX_HEAD_DIM}")
     if scale <= 0:
         raise ValueError(f"the scale of the logits must be positive, not {scale}")
     if query.stride(-1) != 1:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 
 class Config(NamedTuple):
     """block_m queries x block_n kept keys (two such tiles at once with pair) or block_c centroids per step.
 
-    tma: tiles come by the tensor memory accelerator (sm_90 on) instead of by pointers.
+    tma: tiles come by the tensor memory accelerator (sm_90 on) instead of by pointers. Its rows are whole 16
+    bytes: a head_dim that is no multiple of 8 gets the configuration of an older GPU.
     """
 
     block_m: int
@@ -31,7 +31,7 @@ def config_for(capability: tuple[int, int], head_dim: int, dtype: torch.dtype, v
     if dtype == torch.float32:
         stages = 2 if head_dim <= 128 else 1
         return Config(32, 32, 32, 4, stages, stages)
-    if capability[0] in (9, 10):
+    if _has_tma(capability, head_dim):
         if head_dim > 128:
             return Config(64, 64, 64, 8, 2, 2, tma=True)
         if capability[0] == 9 and head_dim > 64 and not variable:
@@ -46,10 +46,9 @@ def config_for(capability: tuple[int, int], head_dim: int, dtype: torch.dtype, v
     return Config(128, 64, 64, 8, 2, 2)
 
 
-def hopper_for(capability: tuple[int, int], query: Tensor, variable: bool) -> bool:
-    """Does triton_hopper.py compute `attend` for query [...,D]?"""
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    return capability == (9, 0) and half and query.shape[-1] in (64, 128) and not variable
+def _has_tma(capability: tuple[int, int], head_dim: int) -> bool:
+    """For two-byte numbers."""
+    return capability[0] in (9, 10) and head_dim % 8 == 0
 
 
 def probe_config_for(capability: tuple[int, int], head_dim: int, dtype: torch.dtype) -> Config:
@@ -58,7 +57,7 @@ def probe_config_for(capability: tuple[int, int], head_dim: int, dtype: torch.dt
         return Config(64, 64, 64, 4, 1, 1)
     if dtype == torch.float32:
         return Config(32 if head_dim <= 128 else 16, 64, 64, 4, 1, 1)
-    tma = capability[0] in (9, 10)
+    tma = _has_tma(capability, head_dim)
     if head_dim > 128:
         return Config(64, 64, 64, 8, 2 if tma else 1, 1, tma=tma)
     # 128 registers a thread and under 100 KB: two programs a multiprocessor, one computes while one waits.
@@ -71,7 +70,7 @@ def assign_config_for(capability: tuple[int, int], head_dim: int, dtype: torch.d
         return Config(64, 0, 16, 4, 1, 1)
     if dtype == torch.float32:
         return Config(64 if head_dim <= 128 else 32, 0, 32, 4, 1, 1)
-    tma = capability[0] in (9, 10)
+    tma = _has_tma(capability, head_dim)
     if head_dim > 128:
         return Config(64, 0, 64, 4, 2, 2, tma=tma)
     return Config(128, 0, 64, 8, 2, 2, tma=True) if tma else Config(64, 0, 64, 4, 2, 2)

@@ -106,7 +106,7 @@ def main() -> None:
     if args.control:
         control()
     elif args.plain:
-        plain = mock.patch.object(triton_attention, "hopper_for", return_value=False)
+        plain = mock.patch.object(triton_attention, "why_not_hopper", return_value="a test")
         with plain, sdpa_kernel(SDPBackend.MATH):
             every_kernel()
     else:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from svg_ear_compile.kernels import context, ops, reference  # noqa: F401 - ops registers torch.ops.svg_ear
+from svg_ear_compile.kernels.choice import attention_kernel
 from svg_ear_compile.kernels.plan import Plan
 
 sys.path.append(str(Path(__file__).parents[1] / "kernels"))
@@ -28,15 +29,17 @@ SLACK = {torch.float16: 1e-3, torch.bfloat16: 4e-3, torch.float32: 2e-5}
 @pytest.fixture(params=["triton", "hopper"])
 def kernels(request, monkeypatch):
     module = pytest.importorskip("svg_ear_compile.kernels.triton_attention")
-    hopper = module._hopper()
     if request.param == "triton":
-        monkeypatch.setattr(module, "_hopper", lambda: None)
+        monkeypatch.setattr(module, "why_not_hopper", lambda *found: "a test")
         yield module
         return
     case = {"head_dim": 128, "dtype": torch.bfloat16, "equal": True} | request.node.callspec.params
-    query = torch.empty(1, case["head_dim"], dtype=case["dtype"])
-    if hopper is None or not module.hopper_for(torch.cuda.get_device_capability(), query, not case["equal"]):
-        pytest.skip("not a case of the kernel for Hopper")
+    device = torch.device("cuda")
+    choice = attention_kernel(device, case["dtype"], case["head_dim"], not case["equal"])
+    if choice.name != "Gluon for Hopper":
+        pytest.skip(choice.reason)
+    from svg_ear_compile.kernels import triton_hopper as hopper
+
     used = []
     attend = hopper.attend
     monkeypatch.setattr(hopper, "attend", lambda *arguments: used.append(1) or attend(*arguments))
@@ -92,7 +95,7 @@ def test_equals_the_reference(kernels, dtype, head_dim, equal):
         check(merged, query, plan, scale)
 
 
-@pytest.mark.parametrize("head_dim", [16, 32, 192, 256])
+@pytest.mark.parametrize("head_dim", [16, 20, 32, 100, 192, 256])
 def test_other_head_dims(kernels, head_dim):
     query, key, value = inputs(333, head_dim, torch.bfloat16)
     for equal in (True, False):

@@ -36,7 +36,7 @@ def inputs(length: int, head_dim: int, dtype: torch.dtype) -> tuple[torch.Tensor
 def test_equals_the_formula(monkeypatch, dtype, head_dim, equal, hopper, masked):
     kernels = pytest.importorskip("svg_ear_compile.kernels.triton_attention")
     if not hopper:
-        monkeypatch.setattr(kernels, "_hopper", lambda: None)
+        monkeypatch.setattr(kernels, "why_not_hopper", lambda *found: "a test")
     query, key, value = inputs(1111, head_dim, dtype)
     valid = torch.ones(2, 1111, dtype=torch.bool)
     valid[1, 700:] = False

@@ -27,10 +27,10 @@ from svg_ear_compile.kernels import (  # noqa: E402
     triton_rows,
     triton_splits,
 )
+from svg_ear_compile.kernels.choice import why_not_hopper  # noqa: E402
 from svg_ear_compile.kernels.triton_configs import (  # noqa: E402
     assign_config_for,
     config_for,
-    hopper_for,
     probe_config_for,
 )
 
@@ -141,6 +141,12 @@ def test_configuration(tmp_path, capability, head_dim, dtype, variable, streams)
     check(kernel, tmp_path, capability, dtype, stack=96 if "first order" in streams else 0)
 
 
+def test_rows_that_tma_cannot_take(tmp_path):
+    kernel = compiled_attention((9, 0), 100, torch.bfloat16, False, "attend")
+    check(kernel, tmp_path, (9, 0), torch.bfloat16)
+    assert "cp.async.bulk.tensor" not in kernel.asm["ptx"]
+
+
 def check(kernel, tmp_path, capability, dtype, stack=0):
     assert kernel.metadata.shared <= KILOBYTES[capability] * 1024
     used = resources(kernel, tmp_path)
@@ -240,10 +246,11 @@ HOPPER = [(head_dim, dtype, terms) for head_dim in (64, 128) for dtype in HALVES
     ("head_dim", "dtype", "terms"), HOPPER if EVERYTHING else [HOPPER[i] for i in (1, 2, 4, 5)], ids=str
 )
 def test_hopper(tmp_path, head_dim, dtype, terms):
-    triton_hopper = triton_attention._hopper()
-    if triton_hopper is None:
-        pytest.skip("not a Triton for which the kernel in Gluon was written")
+    if why_not := why_not_hopper((9, 0), dtype, head_dim, False, triton.__version__):
+        pytest.skip(why_not)
     from triton.experimental.gluon._runtime import GluonASTSource
+
+    from svg_ear_compile.kernels import triton_hopper
 
     options = triton_hopper.meta(head_dim, terms)
     box = triton_hopper.BOX
@@ -253,17 +260,6 @@ def test_hopper(tmp_path, head_dim, dtype, terms):
     assert "cp.async.bulk.tensor" in kernel.asm["ptx"]
     registers = [int(n) for n in re.findall(r"setmaxnreg.inc.sync.aligned.u32\s+(\d+)", kernel.asm["ptx"])]
     assert max(registers) >= 240
-
-
-def test_which_calls_go_to_the_kernel_for_hopper():
-    query = torch.empty(1, 128, dtype=torch.bfloat16)
-    assert hopper_for((9, 0), query, variable=False)
-    assert hopper_for((9, 0), query[:, :64].half(), variable=False)
-    assert not hopper_for((9, 0), query, variable=True)
-    assert not hopper_for((9, 0), query.float(), variable=False)
-    assert not hopper_for((9, 0), query[:, :96], variable=False)
-    for other in ((0, 0), (8, 0), (10, 0), (12, 0)):
-        assert not hopper_for(other, query, variable=False)
 
 
 @pytest.mark.parametrize("capability", SMALL_KERNELS_ON, ids=str)
