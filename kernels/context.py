@@ -72,7 +72,8 @@ class Call:
     mask_ids: sites with one number here share one mask tensor in this call, so it is read once.
     seen_keys: per such number, how many keys its mask shows, if it shows the first of each batch element and
     equally many; else None. All of them: the mask is dropped.
-    counters: fallbacks by reason. totals: areas per site. warned: kinds of errors already warned about.
+    counters: fallbacks by reason. totals: areas per site; None: they are not summed up, since a CUDA graph is
+    recorded, whose replays would. warned: kinds of errors already warned about.
     names: module paths of sites. strict: raise instead of running dense after an error.
     carried, fixed, counters, totals, warned and names may be shared by many calls; the rest is this
     call's own.
@@ -92,7 +93,7 @@ class Call:
     mask_ids: dict[int, int] = field(default_factory=dict)
     seen_keys: dict[int, int | None] = field(default_factory=dict)
     counters: Counter[str] = field(default_factory=Counter)
-    totals: dict[int, SiteTotals] = field(default_factory=dict)
+    totals: dict[int, SiteTotals] | None = field(default_factory=dict)
     warned: set[str] = field(default_factory=set)
     names: dict[int, str] = field(default_factory=dict)
     strict: bool = False

@@ -1,72 +1,116 @@
-"""How is the plan of one call made? Clusters, permutes, probes and routes."""
+"""How is the plan of one call made? Tokens are put into blocks, blocks are probed, and a budget is spent.
+
+The three steps are apart because only the last depends on the density: a trial of several densities shares
+the others.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from . import capture, cluster, context
+from .cluster import Blocks
 from .constants import SiteConstants
 from .dispatch import kernels_for
 from .plan import KEY_BLOCK, QUERY_BLOCK, Plan, block_counts
 
 
+class Arranged(NamedTuple):
+    """Tokens in blocks. key, value [B,H,L,D] in block order, centroids [B,H,C,D]: the means of blocks."""
+
+    queries: Blocks
+    keys: Blocks
+    key: Tensor
+    value: Tensor
+    query_centroids: Tensor
+    key_centroids: Tensor
+    value_centroids: Tensor
+
+
 def make_plan(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, c: SiteConstants) -> Plan:
-    """The plan of one call; what clustering carries over lies in the running call's context.
+    """The plan of one call; its density, and what clustering carries over, lie in the call's context.
 
     attn_mask: [B or 1, 1, 1, L] bool, True where a key may be seen, or None.
     """
     call = context.current()
-    B, H, L, _ = query.shape
+    density = call.density.get(c.site, c.density)
+    blocks = arrange(query, key, value, attn_mask, c)
+    plan, areas = route(blocks, probe(blocks, c, density is None), c, density)
+    if call.totals is not None:
+        B, H, L, _ = query.shape
+        call.totals.setdefault(c.site, context.SiteTotals()).add(areas, B * H * (L - c.num_text) ** 2)
+    return plan
+
+
+def arrange(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, c: SiteConstants
+) -> Arranged:
+    """The blocks of a call, and its keys and values in their order."""
+    call = context.current()
+    B, _, L, _ = query.shape
     valid = None if attn_mask is None else attn_mask[:, 0, 0, :].expand(B, L)
-    (vq, tq), (vk, tk) = block_counts(L, c.num_text, c.order)
+    of_queries, of_keys = block_counts(L, c.num_text, c.order)
     grid = tuple(c.grid) or call.grid
     if grid is not None and math.prod(grid) != L - c.num_text:
         grid = None
     recorded = capture.is_recorded(query)
     carried = (None, None) if recorded else call.carried.get(c.site, (None, None))
     split_heads = call.split_heads.get(c.site, ())
-    arrange = (c.num_text, c.text_first, c.order, grid, c.seed, split_heads, call.remember)
-    queries, query_state = cluster.make_blocks(query, None, (vq, tq), QUERY_BLOCK, carried[0], *arrange)
-    keys, key_state = cluster.make_blocks(key, valid, (vk, tk), KEY_BLOCK, carried[1], *arrange)
+    how = (c.num_text, c.text_first, c.order, grid, c.seed, split_heads, call.remember)
+    queries, query_state = cluster.make_blocks(query, None, of_queries, QUERY_BLOCK, carried[0], *how)
+    keys, key_state = cluster.make_blocks(key, valid, of_keys, KEY_BLOCK, carried[1], *how)
     if query_state is not None and key_state is not None and not recorded:
         call.carried[c.site] = (query_state, key_state)
 
-    kernels = kernels_for(query)
-    key_p, value_p, key_centroids, value_centroids = kernels.permute.gather_with_means(
+    permute = kernels_for(query).permute
+    key_p, value_p, key_centroids, value_centroids = permute.gather_with_means(
         key, value, keys.order, keys.offsets, valid is not None
     )
-    density = call.density.get(c.site, c.density)
-    query_centroids = kernels.permute.gathered_means(query, queries.order, queries.offsets)
-    scores = kernels.probe.probe(
-        query_centroids,
-        key_p,
-        value_p,
-        keys.offsets,
-        key_centroids,
-        value_centroids,
-        c.scale_of(query),
+    query_centroids = permute.gathered_means(query, queries.order, queries.offsets)
+    return Arranged(queries, keys, key_p, value_p, query_centroids, key_centroids, value_centroids)
+
+
+def probe(blocks: Arranged, c: SiteConstants, without_density: bool) -> Any:
+    """The scores of all pairs of blocks, as the routing of this device takes them.
+
+    without_density: the budget is yet to be found, by the mass of the centroids.
+    """
+    return kernels_for(blocks.key).probe.probe(
+        blocks.query_centroids,
+        blocks.key,
+        blocks.value,
+        blocks.keys.offsets,
+        blocks.key_centroids,
+        blocks.value_centroids,
+        c.scale_of(blocks.key),
         c.routing,
         largest_block=None if c.order == "kmeans" else KEY_BLOCK,
-        with_mass=c.routing == "svg_ear" or density is None,
+        with_mass=c.routing == "svg_ear" or without_density,
     )
-    routed = kernels.route.select(
-        scores, queries.offsets, keys.offsets, (vq, vk), c.routing, density, c.compensate
-    )
-    if call.totals is not None:
-        call.totals.setdefault(c.site, context.SiteTotals()).add(routed.areas, B * H * (L - c.num_text) ** 2)
-    plan = Plan(
-        key_p, value_p, queries.order, queries.offsets, keys.order, keys.offsets,
-        key_centroids.to(query.dtype), value_centroids.to(query.dtype),
-        routed.bias, routed.kept_count, routed.kept_blocks, query_centroids.to(query.dtype),
+
+
+def route(blocks: Arranged, scores: Any, c: SiteConstants, density: float | None) -> tuple[Plan, Tensor]:
+    """The plan for this density, and the areas of what it computes exactly (kernels/route.py)."""
+    length, dtype = blocks.key.shape[2], blocks.key.dtype
+    (video_queries, _), (video_keys, _) = block_counts(length, c.num_text, c.order)
+    routed = kernels_for(blocks.key).route.select(
+        scores, blocks.queries.offsets, blocks.keys.offsets, (video_queries, video_keys), c.routing, density,
+        c.compensate,
     )  # fmt: skip
-    return _checked_plan(plan, query, c)
+    plan = Plan(
+        blocks.key, blocks.value, *blocks.queries, *blocks.keys,
+        blocks.key_centroids.to(dtype), blocks.value_centroids.to(dtype),
+        routed.bias, routed.kept_count, routed.kept_blocks, blocks.query_centroids.to(dtype),
+    )  # fmt: skip
+    return _checked_plan(plan, c), routed.areas
 
 
-def _checked_plan(plan: Plan, query: Tensor, c: SiteConstants) -> Plan:
+def _checked_plan(plan: Plan, c: SiteConstants) -> Plan:
     """A plan, if its tensors have their shapes: the kernels do not look before they read."""
-    B, H, L, D = query.shape
+    B, H, L, D = plan.key.shape
     (vq, tq), (vk, tk) = block_counts(L, c.num_text, c.order)
     Cq, Ck = vq + tq, vk + tk
     sizes = (

@@ -20,9 +20,9 @@ class Reason(Enum):
     REWRITTEN = ("self attention over video tokens", "")
     CROSS = ("cross attention: queries and keys come from different tokens", "")
     TOO_FEW_TOKENS = ("too few tokens for sparsity to pay", "lower min_tokens to rewrite it all the same")
-    DOES_NOT_PAY = (
-        "sparse attention would not be faster here",
-        "set min_tokens to rewrite it all the same",
+    NOT_VIDEO = (
+        "its tokens are no video",
+        "name the module in sites= to rewrite it all the same",
     )
     NO_SIGN_OF_VIDEO = (
         "nothing in the graph says that these tokens are video",
@@ -70,12 +70,21 @@ class Reason(Enum):
 
 @dataclass(frozen=True)
 class Verdict:
-    """The decision about one site."""
+    """The decision about one site.
+
+    detail: what this site's own figures add to the sentence, e.g. '512 of at least 8192 tokens'.
+    advice: what to do, where that is not the same for all sites of this reason.
+    """
 
     rewrite: bool
     reason: Reason
     detail: str = ""
-    """What this site's own figures add to the sentence, e.g. '512 of at least 8192 tokens'."""
+    advice: str = ""
+
+    @property
+    def hint(self) -> str:
+        """What to do."""
+        return self.advice or self.reason.hint
 
     def __str__(self) -> str:
         return self.reason.sentence + (f" ({self.detail})" if self.detail else "")
@@ -124,8 +133,8 @@ class Site:
     """One scaled_dot_product_attention call of one graph.
 
     q_len and k_len are ints, or strings of the symbolic expression under dynamic shapes (q_hint, k_hint are
-    then the values seen at compile time). parameter is the placeholder of the query projection's weight:
-    the Parameter it receives tells one layer from another in a graph that many layers share.
+    then the values seen at compile time). min_tokens, min_frames: of the video; a call with fewer is dense.
+    0 where there is nothing to check, since all calls are of one size.
     """
 
     index: int
@@ -146,19 +155,16 @@ class Site:
     """'none', 'key padding [B,1,1,S] bool', ...: the mask in words; key_mask is what the ops get for it."""
     verdict: Verdict
     layout: Layout
-    parameter: fx.Node | None = None
     key_mask: KeyMask | None = None
+    min_tokens: int = 0
+    min_frames: int = 0
 
 
 @dataclass(frozen=True)
 class GraphInputs:
     """Which positions of the compiled callable's arguments the host looks at before a call.
 
-    timestep: whole-model graphs; temb: the timestep embedding of graphs of single blocks; rotary: tables
-    over token positions; parameters: per rewritten site's index, the query projection's weight.
+    rotary: tables over token positions.
     """
 
-    timestep: int | None
-    temb: int | None
     rotary: tuple[int, ...]
-    parameters: dict[int, int]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .backend import svg_ear
     from .reports import Report, report
-    from .schedule import generation
+    from .runtime.clock import generation
     from .settings import Settings, SettingsError
 
 __all__ = ["Report", "Settings", "SettingsError", "generation", "report", "svg_ear"]
@@ -24,7 +24,7 @@ _HOMES = {
     "Report": "reports",
     "Settings": "settings",
     "SettingsError": "settings",
-    "generation": "schedule",
+    "generation": "runtime.clock",
     "report": "reports",
     "svg_ear": "backend",
 }

@@ -9,7 +9,6 @@ Whatever goes wrong in our passes, the graph is compiled as plain Inductor would
 from __future__ import annotations
 
 import os
-import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,29 +18,22 @@ from torch import Tensor, fx
 from torch._dynamo.eval_frame import innermost_fn
 from torch._dynamo.exc import TorchDynamoException
 
-from . import announce, records, schedule
-from .calls import CallPlan, SparseCallable
+from . import announce, records
 from .passes.classify import classify
 from .passes.inputs import mask_arguments, read_inputs
 from .passes.layout import grid_from_rotary
-from .passes.match import Call, match
-from .passes.merge import merge
+from .passes.match import match
 from .passes.multihead import expand, left_over
 from .passes.rewrite import rewrite
 from .passes.site import KeyMask, Reason, Site, Verdict
 from .passes.sources import is_activation
 from .records import GraphRecord, SiteRecord
-from .seen_keys import MaskSource
+from .runtime import clock
+from .runtime.key_padding import MaskSource
+from .runtime.wrapper import CallPlan, SparseCallable
 from .settings import Resolved, resolve
-from .state import layers
 
 Compiled = Callable[..., Any]
-# diffusers' models whose timestep embedding has pooled text added: it differs between the calls of one step.
-_POOLED_TEXT = re.compile(r"transformer_(hunyuan_video\.|hunyuan_video_framepack|kandinsky)")
-_HELPER = (
-    "where guidance takes two calls, wrap the pipeline's call in "
-    "svg_ear_compile.generation(num_steps=..., branches=2)"
-)
 
 
 class PassError(RuntimeError):
@@ -64,6 +56,8 @@ def svg_ear(
     try:
         plan = _apply_passes(gm, example_inputs, resolved, record)
         compiled = inner(gm, example_inputs)
+        if plan is not None:
+            _let_go(gm)
     except BaseException:
         records.drop(record)
         raise
@@ -74,6 +68,13 @@ def svg_ear(
     records.owned_by(record, getattr(kept, "__self__", kept))
     announce.announce(record)
     return compiled
+
+
+def _let_go(gm: fx.GraphModule) -> None:
+    """Drops the weak references to the arguments that nodes of a copied graph hold; Dynamo drops those of its own.
+    A Parameter that somebody refers to weakly cannot be swapped, as Module.to() does with tensor subclasses."""
+    for node in gm.graph.find_nodes(op="placeholder"):
+        node.meta.pop("grapharg", None)
 
 
 def _inner(resolved: Resolved) -> Callable[[fx.GraphModule, Sequence[Any]], Compiled]:
@@ -103,12 +104,8 @@ def _apply_passes(
         chosen = [site for site in sites if site.verdict.rewrite]
         plan = None
         if chosen:
-            calls = {call.node: call for call in found.calls}
-            plan = _call_plan(whole, example_inputs, chosen, [calls[site.node] for site in chosen], record)
-            graph = rewrite(whole, sites, settings)
-            if settings.merge:
-                merge(graph)
-            gm.graph = graph
+            plan = _call_plan(whole, example_inputs, chosen, record)
+            gm.graph = rewrite(whole, sites, settings)
     except TorchDynamoException:
         raise  # Dynamo steers by these: restart, skip, unsupported
     except Exception as error:
@@ -134,20 +131,11 @@ def _call_plan(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
     sites: list[Site],
-    calls: list[Call],
     record: GraphRecord,
 ) -> CallPlan:
     """What the host has to look at in each call; read off the graph before it is rewritten."""
     placeholders = list(gm.graph.find_nodes(op="placeholder"))
     inputs = read_inputs(gm, sites)
-    if inputs.timestep is not None:
-        record.clock = "the clock reads the timestep"
-    elif inputs.temb is None:
-        record.clock = f"no timestep in sight: each call counts as a step; {_HELPER}"
-    else:
-        record.clock = "the clock reads the timestep embedding"
-        if any(_POOLED_TEXT.search(call.source_files) for call in calls):
-            record.clock += f", which holds pooled text: {_HELPER}"
     numbers: dict[KeyMask, int] = {}
     mask_ids = {
         site.index: numbers.setdefault(site.key_mask, len(numbers))
@@ -188,9 +176,8 @@ def _video_position(placeholders: list[fx.Node], example_inputs: Sequence[Any]) 
 
 def reset() -> None:
     """What torch._dynamo.reset() calls: nothing of ours outlives it."""
-    layers.clear()
     records.clear()
-    schedule.reset()
+    clock.reset()
     announce.clear()
 
 

@@ -43,17 +43,16 @@ def call_errors(graph: GraphRecord) -> list[CallError]:
     """In the order of layers, branches and steps. Waits for the device."""
     target = graph.resolved.settings.target_error
     found = []
-    for place, control in sorted(graph.controls.items(), key=lambda item: item[0]):
-        for step in [step for step in control.steps if step.graph == graph.number]:
-            error, true = step.error(), step.true_error()
-            found.append(
-                CallError(
-                    graph.number, *place, step.step, step.decision.dense or "", step.decision.density, target,
-                    None if error is None else error.call, None if error is None else error.worst_head,
-                    None if true is None else true.call, _share(step.decision.split_heads),
-                    _share(step.decision.first_order),
-                )
-            )  # fmt: skip
+    for log in graph.last_generation():
+        error, true, decision = log.error(), log.true_error(), log.decision
+        found.append(
+            CallError(
+                graph.number, log.site, log.model, log.layer, log.branch, log.step, decision.dense,
+                decision.density, target,
+                None if error is None else error.call, None if error is None else error.worst_head,
+                None if true is None else true.call, _share(decision.split_heads), _share(decision.first_order),
+            )
+        )  # fmt: skip
     return sorted(found, key=lambda e: (e.graph, e.model, e.layer, e.site, e.branch, e.step))
 
 

@@ -7,14 +7,20 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections import Counter, defaultdict
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .control import Control
 from .kernels.context import SiteTotals
 from .passes.site import Site
+from .runtime.density import CallLog
 from .settings import Resolved
+
+MAX_GENERATIONS = 8
+"""Of so many generations calls are logged: of those that run at once in several threads."""
+MAX_LOGS = 100_000
+"""So many calls of a graph: 60 layers, 4 branches and 400 steps."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +72,12 @@ class SiteRecord:
 
 @dataclass(eq=False)
 class GraphRecord:
-    """One compiled graph.
+    """One compiled graph. Threads may count in it while others read.
 
     other_attention: targets of nodes that look like attention but are no SDPA call. failure: the error that
-    made us hand the graph on untouched. clock: what the step clock reads. steps: what it says now. grid:
-    (frames, height, width) in tokens, where only the arguments of a call show it. fallbacks: at run time, by
-    reason. totals: per device and thread, the sums that the ops keep. controls: of each layer's last
-    generation, by site, model, layer and branch; they live with the layers (state.py).
+    made us hand the graph on untouched. steps: what the step clock says now. grid: (frames, height, width) in
+    tokens, where only the arguments of a call show it. fallbacks: at run time, by reason. totals: per device and
+    thread, the sums that the ops keep. logs: what was done in each call, per generation, the last few.
     """
 
     number: int
@@ -80,29 +85,54 @@ class GraphRecord:
     sites: list[SiteRecord] = field(default_factory=list)
     other_attention: list[str] = field(default_factory=list)
     failure: str | None = None
-    clock: str = ""
     steps: str = ""
     grid: tuple[int, int, int] | None = None
     sparse: Counter[int] = field(default_factory=Counter)
     dense: dict[int, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     fallbacks: Counter[str] = field(default_factory=Counter)
     totals: dict[Any, dict[int, SiteTotals]] = field(default_factory=dict)
-    controls: weakref.WeakValueDictionary[tuple[int, int, int, int], Control] = field(
-        default_factory=weakref.WeakValueDictionary
-    )
+    logs: OrderedDict[int, deque[CallLog]] = field(default_factory=OrderedDict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def rewritten(self) -> list[SiteRecord]:
         return [site for site in self.sites if site.rewritten]
 
     def totals_on(self, device: Any) -> dict[int, SiteTotals]:
         """Where the ops sum up in this thread on this device: no addition ever meets another device."""
-        return self.totals.setdefault((device, threading.get_ident()), {})
+        with self.lock:
+            return self.totals.setdefault((device, threading.get_ident()), {})
+
+    def count(
+        self, dense: Mapping[int, str], generation: int | None = None, logs: Sequence[CallLog] = ()
+    ) -> None:
+        """One call of the graph: its dense sites by reason; all others that `logs` names ran sparse."""
+        with self.lock:
+            for site, reason in dense.items():
+                self.dense[site][reason] += 1
+            self.sparse.update(log.site for log in logs if log.site not in dense)
+            if generation is not None:
+                if generation not in self.logs:
+                    self.logs[generation] = deque(maxlen=MAX_LOGS)
+                    while len(self.logs) > MAX_GENERATIONS:
+                        self.logs.popitem(last=False)
+                self.logs[generation].extend(logs)
+
+    def count_fallback(self, reason: str) -> None:
+        with self.lock:
+            self.fallbacks[reason] += 1
+
+    def last_generation(self) -> list[CallLog]:
+        """What was done in each call of the generation that began last."""
+        with self.lock:
+            return list(self.logs[max(self.logs)]) if self.logs else []
 
     def measured(self, site: int) -> tuple[float, float, int]:
         """(exact, executed, all) query-key pairs of the site's sparse calls. Reads from the device."""
         exact = executed = 0.0
         pairs = 0
-        for sums in self.totals.values():
+        with self.lock:
+            totals = [dict(sums) for sums in self.totals.values()]
+        for sums in totals:
             areas = sums[site].areas if site in sums else None
             if areas is not None:
                 more = areas.tolist()

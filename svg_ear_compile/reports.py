@@ -17,7 +17,7 @@ from . import errors
 from .errors import CallError
 from .records import GraphRecord, SiteRecord, live_records
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,6 @@ class Report:
                     "sources": graph.resolved.sources,
                     "failure": graph.failure,
                     "other_attention": graph.other_attention,
-                    "clock": graph.clock,
                     "steps": graph.steps,
                     "grid": graph.grid,
                     "fallbacks": dict(graph.fallbacks),
@@ -190,7 +189,7 @@ class Report:
         lines += [f"fallbacks: {count} x {reason}" for reason, count in t["fallbacks"].items()]
         grids = {g.grid: g for g in self.graphs if g.grid}
         lines += [f"frame grid: {t} x {h} x {w}, read off the rotary tables" for t, h, w in grids]
-        return lines + list(dict.fromkeys(f"steps: {g.clock}; {g.steps}" for g in self.graphs if g.steps))
+        return lines + list(dict.fromkeys(f"steps: {g.steps}" for g in self.graphs if g.steps))
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

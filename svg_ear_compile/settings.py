@@ -5,8 +5,8 @@ Precedence, highest first:
 1. `SVG_EAR=0`: everything off, whatever else is set
 2. `torch.compile(..., options={"density": 0.3})`
 3. the environment, `SVG_EAR_DENSITY=0.3`, read whenever a graph is compiled; empty means unset
-4. derived from another setting: presets "svg_ear" and "svg2" set order, routing, compensate and the density;
-   quality sets target_error and dense_steps
+4. derived from another setting: presets "svg_ear" and "svg2" set order, routing, compensate, the density and
+   the papers' schedule; quality sets target_error
 5. the default
 
 How much is computed is said by one of density, target_error and quality. Two of them in options are an error,
@@ -51,8 +51,9 @@ def _optional(parse: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return lambda value: None if value is None else parse(value)
 
 
-def _choice(*names: str) -> Callable[[Any], str]:
-    return lambda value: {name: name for name in names}[value.strip().lower()]
+def _choice(*names: str, **aliases: str) -> Callable[[Any], str]:
+    known = {name: name for name in names} | aliases
+    return lambda value: known[value.strip().lower()]
 
 
 def _share(value: Any) -> float:
@@ -106,19 +107,9 @@ def _setting(default: Any, parse: Callable[[Any], Any], allowed: str, doc: str) 
     return field(default=default, metadata={"parse": parse, "allowed": allowed, "doc": doc})
 
 
-class Quality(NamedTuple):
-    """What a level stands for: the relative error of each attention call, and the dense first steps."""
-
-    target_error: float
-    dense_steps: float
-
-
-QUALITY = {
-    "lossless-ish": Quality(0.01, 0.3),
-    "high": Quality(0.02, 0.2),
-    "balanced": Quality(0.04, 0.2),
-    "turbo": Quality(0.08, 0.1),
-}
+QUALITY = {"near-lossless": 0.01, "high": 0.02, "balanced": 0.04, "turbo": 0.08}
+"""The target_error that a level stands for."""
+ALIASES = {"lossless-ish": "near-lossless"}
 DEFAULT_QUALITY = "balanced"
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -126,8 +117,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "svg2": {"order": "kmeans", "compensate": False, "first_order": False},
 }
 """What a preset means for other settings."""
+PAPER_SCHEDULE = {"dense_steps": 0.2, "dense_layers": ((0, 0),)}
+"""Of the papers' presets, unless something else is set."""
 ROUTINGS = {"default": "output_error", "svg_ear": "svg_ear", "svg2": "mass"}
-GUARD = 3.0
+GUARD = 4.0
 """Where max_error is not set, it is so many times the target."""
 
 
@@ -136,13 +129,13 @@ class Settings:
     """All settings of one compile: each field is an option, and a variable SVG_EAR_<NAME>."""
 
     quality: str | None = _setting(
-        DEFAULT_QUALITY, _optional(_choice(*QUALITY)), "lossless-ish, high, balanced or turbo",
-        "names target_error and dense_steps: "
-        + ", ".join(f"{name} {q.target_error:g} and {q.dense_steps:g}" for name, q in QUALITY.items()),
+        DEFAULT_QUALITY, _optional(_choice(*QUALITY, **ALIASES)), ", ".join(QUALITY),
+        "names target_error: " + ", ".join(f"{name} {error:g}" for name, error in QUALITY.items()),
     )  # fmt: skip
     target_error: float | None = _setting(
-        QUALITY[DEFAULT_QUALITY].target_error, _optional(_share), "0 < target_error <= 1",
-        "relative error of the output of each attention call, which its density is steered to",
+        QUALITY[DEFAULT_QUALITY], _optional(_share), "0 < target_error <= 1",
+        "relative error of the outputs of attention calls, the root mean square over a generation: what its "
+        "density is steered to",
     )  # fmt: skip
     density: float | None = _setting(
         None, _optional(_share), "0 < density <= 1",
@@ -178,16 +171,16 @@ class Settings:
         "rewrite the attention modules whose paths match (`blocks.*.attn1`) even without a sign of video",
     )  # fmt: skip
     dense_steps: int | float = _setting(
-        0.2, _steps, "a count >= 0, or a fraction below 1 of num_steps",
-        "the first steps of a generation run dense; a fraction is rounded to the nearest count",
+        0.1, _steps, "a count >= 0, or a fraction below 1 of num_steps",
+        "the first steps of a generation run dense; a fraction is rounded to the nearest count, and is at most "
+        "2 steps where nothing shows how many there are",
     )  # fmt: skip
     num_steps: int | None = _setting(
         None, _optional(_integer(1)), "an integer >= 1",
-        "steps of a generation; else those of the previous one that began at the same timestep, else as its "
-        "first timesteps show (up to 16), else 50",
+        "steps of a generation, for a sampling loop of your own that does not show it; a pipeline's is known",
     )  # fmt: skip
     dense_layers: tuple[tuple[int, int], ...] = _setting(
-        ((0, 0),), _layers, "a count of first layers, or ranges such as '0, 38-39'",
+        (), _layers, "a count of first layers, or ranges such as '0, 38-39'",
         "layers that always run dense",
     )  # fmt: skip
     preset: str = _setting(
@@ -292,6 +285,10 @@ def resolve(
                 f"({sources['preset']}), which means {name}={value!r}"
             )
         derived[name] = "preset"
+    if preset != "default":
+        for name, value in PAPER_SCHEDULE.items():
+            values.setdefault(name, value)
+            derived[name] = "preset"
     derived |= _how_much(values, sources)
     derived |= _without_first_order(values, sources)
     sources |= {name: source for name, source in derived.items() if sources[name] == "default"}
@@ -324,10 +321,7 @@ def _how_much(values: dict[str, Any], sources: dict[str, str]) -> dict[str, str]
     values |= {name: values[name] if name == only else None for name in rivals}
     derived = dict.fromkeys(rivals, only)
     if only == "quality":
-        level = QUALITY[values["quality"]]
-        values["target_error"] = level.target_error
-        values.setdefault("dense_steps", level.dense_steps)
-        derived["dense_steps"] = "quality"
+        values["target_error"] = QUALITY[values["quality"]]
     return derived
 
 
@@ -398,7 +392,7 @@ def markdown_table() -> str:
     """The table of docs/ENVS.md."""
     rows = ["| variable | option | default | allowed | meaning |", "|---|---|---|---|---|"]
     for f in fields(Settings):
-        written: dict[Any, str] = {(): "none", None: "none", ((0, 0),): "1", True: "1", False: "0"}
+        written: dict[Any, str] = {(): "none", None: "none", True: "1", False: "0"}
         cells = [f"`{PREFIX}_{f.name.upper()}`", f"`{f.name}`", str(written.get(f.default, f.default))]
         rows.append(f"| {' | '.join([*cells, f.metadata['allowed'], f.metadata['doc']])} |")
     return "\n".join(rows) + "\n"

@@ -1,0 +1,1 @@
+"""What the host does around each call of a compiled graph: who calls, at which step, how dense it runs."""

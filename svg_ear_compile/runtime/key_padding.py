@@ -1,0 +1,62 @@
+"""How many keys do masks show, as far as the running call of the model has read it? So that it is read once.
+
+Reading a mask waits for the device. Graphs of single blocks get the same mask in each block: it is read in the first of
+them, and holds for the call of the model, as long as the tensors that the mask is a function of are the same objects,
+unchanged (every change in place counts up a tensor's version).
+
+Inference tensors have no version: their masks are read in each call of a graph. While a CUDA graph is recorded
+nothing is read, or known: a replay would not look again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class MaskSource(NamedTuple):
+    """What a mask is made from: the arguments of its graph at these positions.
+
+    function: how, and the same for all masks that are made alike, in whichever graph. sized: whether sizes have a say
+    in it, which are arguments of the graph too.
+    """
+
+    positions: tuple[int, ...]
+    function: Hashable
+    sized: bool = True
+
+
+Known = dict[Hashable, Any]
+"""Per state of a mask's sources: these tensors, so that no other takes their place, and what the mask shows."""
+
+
+def recall(
+    known: Known, seen: dict[int, int | None], number: int, args: tuple[Any, ...], source: MaskSource
+) -> None:
+    """Sets seen[number] for mask `number` of a graph, if what it is made from was met in this call of the model."""
+    found = known.get(_key(args, source))
+    if found is not None:
+        seen[number] = found[1]
+
+
+def keep(
+    known: Known, seen: dict[int, int | None], number: int, args: tuple[Any, ...], source: MaskSource
+) -> None:
+    """Remembers seen[number], if this call of the graph found it."""
+    key = _key(args, source)
+    if key is not None and number in seen:
+        known[key] = ([args[i] for i in source.positions], seen[number])
+
+
+def _key(args: tuple[Any, ...], source: MaskSource) -> Any:
+    """Tells one state of a mask's sources from another; None where nothing can."""
+    tensors = [args[i] for i in source.positions]
+    if any(type(x) not in (Tensor, torch.nn.Parameter) or x.is_inference() for x in tensors):
+        return None
+    if any(x.is_cuda for x in tensors) and torch.cuda.is_current_stream_capturing():
+        return None
+    sizes = tuple(x for x in args if isinstance(x, int)) if source.sized else ()
+    return source.function, sizes, tuple((id(x), x._version) for x in tensors)
