@@ -18,7 +18,8 @@ class SiteConstants(NamedTuple):
     blocks are exact, "output_error" (one budget for a batch element), "svg_ear" or "mass" (the papers).
     compensate: whether centroids stand for skipped blocks. density: exact video query-key pairs over all of
     them, where the call's context says nothing else; None: as the routing finds. site: the number of the site
-    in its graph.
+    in its graph. min_tokens, min_frames: of the video; a call with fewer is dense. 0 where all calls have one
+    size, so that nothing is left to check.
     """
 
     scale: float | None
@@ -31,7 +32,19 @@ class SiteConstants(NamedTuple):
     density: float | None
     seed: int
     site: int
+    min_tokens: int = 0
+    min_frames: int = 0
 
     def scale_of(self, query: Tensor) -> float:
         """What the logits of these queries [...,D] are multiplied by."""
         return 1 / math.sqrt(query.shape[-1]) if self.scale is None else self.scale
+
+    def too_small(self, query: Tensor, grid: tuple[int, int, int] | None) -> str:
+        """Why a call with these queries [B,H,L,D] is too small to be sparse, for the report; "" if it is not.
+
+        grid: the frame grid, where the constants do not have it.
+        """
+        if query.shape[2] - self.num_text < self.min_tokens:
+            return "too few tokens"
+        frames = next(iter(self.grid or grid or ()), self.min_frames)
+        return "one frame" if frames < self.min_frames else ""

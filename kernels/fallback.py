@@ -1,4 +1,7 @@
-"""What happens where an op of a site fails? It runs dense, warns once and counts; strict raises."""
+"""Does an op of a site run dense: since the host says so, its call is too small, or it fails?
+
+A failure warns once and counts; strict raises.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import context
+from .constants import SiteConstants
 
 _T = TypeVar("_T")
 
@@ -18,8 +22,16 @@ class SiteError(RuntimeError):
     """An op of a site failed, and strict is set. The cause is the error itself."""
 
 
+def is_dense(query: Tensor, c: SiteConstants) -> bool:
+    """Whether this call of a site is dense. If for its size, the context gets the reason."""
+    call = context.current()
+    if c.site not in call.dense and (reason := c.too_small(query, call.grid)):
+        call.dense[c.site] = reason
+    return c.site in call.dense
+
+
 def sparse_or_dense(
-    query: Tensor, site: int, sparse: Callable[[], _T], dense: Callable[[], _T], alone: bool = True
+    query: Tensor, c: SiteConstants, sparse: Callable[[], _T], dense: Callable[[], _T], alone: bool = True
 ) -> _T:
     """sparse(), or dense() where this call wants it or sparse() fails.
 
@@ -30,7 +42,7 @@ def sparse_or_dense(
     """
     call = context.current()
     with torch.autocast(query.device.type, enabled=False):
-        if site not in call.dense:
+        if not is_dense(query, c):
             try:
                 return sparse()
             except Exception as error:
@@ -38,8 +50,8 @@ def sparse_or_dense(
                 if isinstance(error, torch.AcceleratorError) or not (alone or context.inside()):
                     raise
                 if call.strict:
-                    raise SiteError(f"svg_ear: {call.name_of(site)} failed: {error!r}") from error
-                _record_failure(call, site, error)
+                    raise SiteError(f"svg_ear: {call.name_of(c.site)} failed: {error!r}") from error
+                _record_failure(call, c.site, error)
         return dense()
 
 

@@ -2,11 +2,14 @@
 
 Self attention is recognised by where its tokens come from: query, key and value must run over the same
 tokens (axes.py). Equal lengths prove nothing. What the kernels cannot do keeps a site dense, and so does
-missing evidence: no sign of video, unless the sequence is very long or the user names the module.
+missing evidence of video (evidence.py), unless the user names the module.
 
 `sites=` holds patterns of module paths (fnmatch; `*` also matches dots). A graph of a single block knows
 only the end of the path ('attn1' for 'blocks.7.attn1'): there a pattern's last components are compared,
-as many as the path has. A named module needs no sign of video, and min_tokens is its only threshold.
+as many as the path has.
+
+A graph that takes any length is compiled once, for whatever comes first. So what depends on the length is not
+decided here: the site is rewritten, and each call is dense if it has too few tokens, or one frame.
 """
 
 from __future__ import annotations
@@ -21,21 +24,15 @@ from torch import fx
 
 from .axes import Axes, Axis, axis_size
 from .axis_rules import trace_axes
+from .evidence import OTHER_TOKENS, Answer, Evidence, find_evidence
 from .layout import is_factorised, read_layout, video_parts
 from .masks import read_mask
 from .match import Call, match
-from .pays import too_slow
-from .projections import query_parameter
-from .signs import NOT_VIDEO, sign_of_video
 from .site import Layout, Reason, Site, Verdict
-from .sizes import example, hint, shape, shown
+from .sizes import example, hint, is_symbolic, shape, shown
 from .sources import last_key
+from .threshold import least_tokens
 
-# Without a sign of video: longer than usual sequences of image models (Flux at 1,024 pixels: 4,608
-# tokens; the VAE there: 16,384 at head_dim 512, which is not supported anyway).
-UNSIGNED_MIN_TOKENS = 16_384
-# Unless the user says something else; and where speeds were measured, a call must gain from it (pays.py).
-MIN_TOKENS = 8192
 HEAD_DIMS = range(16, 257)
 _PROJECTED = re.compile(r"query|key|value|q|k|v|___stack\d+")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -46,8 +43,6 @@ class Thresholds(Protocol):
 
     @property
     def min_tokens(self) -> int | None: ...
-    @property
-    def density(self) -> float | None: ...
     @property
     def sites(self) -> tuple[str, ...]: ...
 
@@ -67,38 +62,68 @@ def named(path: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(path, p) or fnmatchcase(path, ".".join(p.split(".")[-count:])) for p in patterns)
 
 
+def pattern_of(path: str) -> str:
+    """A pattern for `sites=` that names a module, and those that differ in nothing but numbers."""
+    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", path) or "*"
+
+
 def _site(index: int, call: Call, axes: Axes, settings: Thresholds, example_inputs: Sequence[object]) -> Site:
     q, k, v = (axes.of.get(n) for n in (call.query, call.key, call.value))
     mask, bad_mask, key_mask = read_mask(call)
-    layout: Layout | None = None
     if q is None or k is None or v is None or not len(q) == len(k) == len(v) == 4:
         shapes = [shape(n) for n in (call.query, call.key, call.value)]
-        kind, verdict = "unknown", Verdict(False, Reason.UNKNOWN_SHAPE if None in shapes else Reason.RANK)
+        reason = Reason.UNKNOWN_SHAPE if None in shapes else Reason.RANK
+        return _make(index, call, "unknown", mask, Verdict(False, reason), Layout())
+    kind, layout = _kind(q[2], k[2], v[2]), read_layout(axes, q[2])
+    is_named = named(call.module_path, settings.sites)
+    obstacle = None if is_named else _other_tokens(call, kind, q[2])
+    obstacle = obstacle or _obstacle(call, kind, bad_mask, mask)
+    if obstacle is None and layout is None:
+        obstacle = Verdict(False, Reason.SPLIT_TEXT)
+    if obstacle is None and kind == "unknown" and not is_named:
+        obstacle = _lost_tokens(call, (q[2], k[2], v[2]))
+    if obstacle is not None or layout is None:
+        return _make(index, call, kind, mask, obstacle, layout or Layout())  # type: ignore[arg-type]
+
+    tokens = axis_size(q[2]) - layout.text_hint
+    if is_named:
+        evidence = Evidence(Answer.VIDEO, "named in sites=")
     else:
-        kind, layout = _kind(q[2], k[2], v[2]), read_layout(axes, q[2])
-        obstacle = _obstacle(call, kind, bad_mask, mask)
-        is_named = named(call.module_path, settings.sites)
-        if kind == "self" and not is_named and (not video_parts(q[2]) or NOT_VIDEO.search(call.module_path)):
-            verdict = Verdict(False, Reason.TEXT)
-        elif obstacle is not None:
-            verdict = obstacle
-        elif layout is None:
-            verdict = Verdict(False, Reason.SPLIT_TEXT)
-        elif kind == "unknown" and not is_named:
-            names = [last_key(root) for axis in (q[2], k[2], v[2]) if (root := axis[0][0].root) is not None]
-            cut = any(name.startswith("___stack") for name in names)
-            verdict = Verdict(False, Reason.AFTER_BREAK if cut else Reason.UNKNOWN_TOKENS)
-        else:
-            tokens = axis_size(q[2]) - layout.text_hint
-            sign = "named in sites=" if is_named else sign_of_video(call, q[2], example_inputs, tokens)
-            verdict = _enough(q[2], tokens, sign, settings.min_tokens)
-            slow = settings.min_tokens is None and not is_named and too_slow(call.query, settings.density)
-            if verdict.rewrite and slow:
-                verdict = Verdict(False, Reason.DOES_NOT_PAY, slow)
-    parameter = query_parameter(call.query, axes) if verdict.rewrite else None
-    site = _make(index, call, kind, mask, verdict, layout or Layout())
-    site.parameter, site.key_mask = parameter, key_mask
+        evidence = find_evidence(call, q[2], layout, example_inputs, tokens)
+    if evidence.answer is not Answer.VIDEO:
+        return _make(index, call, kind, mask, _no_video(call, evidence, q[2]), layout)
+    query = example(call.query)
+    least = settings.min_tokens or least_tokens(query)
+    site = _make(index, call, kind, mask, _enough(tokens, least, evidence, query), layout)
+    site.key_mask = key_mask
+    if is_symbolic(query.shape[2]):
+        site.min_tokens = least if least > 1 else 0
+        site.min_frames = 2 if evidence.frames_may_change else 0
     return site
+
+
+def _other_tokens(call: Call, kind: str, axis: Axis) -> Verdict | None:
+    is_other = kind == "self" and (not video_parts(axis) or OTHER_TOKENS.search(call.module_path))
+    return Verdict(False, Reason.TEXT) if is_other else None
+
+
+def _lost_tokens(call: Call, tokens: Sequence[Axis]) -> Verdict:
+    names = [last_key(root) for axis in tokens if (root := axis[0][0].root) is not None]
+    if any(name.startswith("___stack") for name in names):
+        return Verdict(False, Reason.AFTER_BREAK)
+    return Verdict(False, Reason.UNKNOWN_TOKENS, "", _advice(call, "if it is self attention over video"))
+
+
+def _no_video(call: Call, evidence: Evidence, axis: Axis) -> Verdict:
+    if is_factorised(axis):
+        return Verdict(False, Reason.FACTORISED, f"{axis_size(axis)} tokens")
+    if evidence.answer is Answer.NOT_VIDEO:
+        return Verdict(False, Reason.NOT_VIDEO, evidence.words, _advice(call, "all the same"))
+    return Verdict(False, Reason.NO_SIGN_OF_VIDEO, evidence.words, _advice(call, "if they are"))
+
+
+def _advice(call: Call, when: str) -> str:
+    return f'sites="{pattern_of(call.module_path)}" rewrites it {when}'
 
 
 def _kind(query: Axis, key: Axis, value: Axis) -> str:
@@ -150,17 +175,15 @@ def _obstacle(call: Call, kind: str, bad_mask: Reason | None, mask: str) -> Verd
     )
 
 
-def _enough(axis: Axis, tokens: int, sign: str, min_tokens: int | None) -> Verdict:
-    """Whether there are enough video tokens for what says that they are video."""
-    least = MIN_TOKENS if min_tokens is None else min_tokens
-    least = least if sign else max(UNSIGNED_MIN_TOKENS, least)
-    if tokens >= least:
-        return Verdict(True, Reason.REWRITTEN, sign or f"{tokens} tokens")
-    if sign:
+def _enough(tokens: int, least: int, evidence: Evidence, query: torch.Tensor) -> Verdict:
+    """Whether there are enough video tokens, where all calls have as many; else that is decided per call."""
+    if is_symbolic(query.shape[2]):
+        checks = ["too few tokens"] * (least > 1) + ["one frame"] * evidence.frames_may_change
+        per_call = f"; {' or '.join(checks)}: decided per call" if checks else ""
+        return Verdict(True, Reason.REWRITTEN, evidence.words + per_call)
+    if tokens < least:
         return Verdict(False, Reason.TOO_FEW_TOKENS, f"{tokens} of at least {least}")
-    if is_factorised(axis):
-        return Verdict(False, Reason.FACTORISED, f"{tokens} tokens")
-    return Verdict(False, Reason.NO_SIGN_OF_VIDEO, f"{tokens} tokens; without a sign at least {least}")
+    return Verdict(True, Reason.REWRITTEN, evidence.words)
 
 
 def _make(index: int, call: Call, kind: str, mask: str, verdict: Verdict, layout: Layout) -> Site:

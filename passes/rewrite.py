@@ -1,5 +1,9 @@
 """How does a graph call the ops instead of attention? In place, in a copy of the graph.
 
+    out = svg_ear.attention(query, key, value, mask, *constants)
+
+or, without the setting `merge`, in three steps:
+
     plan = svg_ear.clustered_permute(query, key, value, mask, *constants)
     out, lse = svg_ear.sparse_exact(query, key, value, mask, *plan, *constants)
     out = svg_ear.centroid_compensation(query, out, lse, *plan, *constants)
@@ -42,10 +46,12 @@ class SiteSettings(Protocol):
     def compensate(self) -> bool: ...
     @property
     def seed(self) -> int: ...
+    @property
+    def merge(self) -> bool: ...
 
 
 def rewrite(gm: fx.GraphModule, sites: Sequence[Site], settings: SiteSettings) -> fx.Graph:
-    """A copy of gm's graph in which every site with a verdict to rewrite calls our three ops."""
+    """A copy of gm's graph in which every site with a verdict to rewrite calls our ops."""
     graph, copies = copy_graph(gm.graph)
     calls = {call.node: call for call in match(gm.graph).calls}
     sizes: dict[tuple[fx.Node, int], fx.Node | int] = {}
@@ -115,21 +121,25 @@ def _replace(
             density=settings.density,
             seed=settings.seed,
             site=site.index,
+            min_tokens=site.min_tokens,
+            min_frames=site.min_frames,
         )
         mask = None if site.key_mask is None else _key_row(graph, copies[site.key_mask.node])
         if mask is not None and site.key_mask is not None and site.key_mask.hides:
             mask = _method(graph, "logical_not", mask, value=example(mask).logical_not())
         qkv = (operand(call.query), operand(call.key), operand(call.value), mask)
-        plan_op = add(svg_ear.clustered_permute.default, (*qkv, *constants))
-        plan = [add(operator.getitem, (plan_op, i)) for i in range(len(ops.Plan._fields))]
-        exact = add(svg_ear.sparse_exact.default, (*qkv, *plan, *constants))
         value = ops.like_output(out_value)
-        out = add(operator.getitem, (exact, 0), value)
-        lse = add(
-            operator.getitem, (exact, 1), out_value.new_empty(out_value.shape[:-1], dtype=torch.float32)
-        )
-        args = (qkv[0], out, lse, *plan, *constants)
-        result = add(svg_ear.centroid_compensation.default, args, value)
+        if settings.merge:
+            result = add(svg_ear.attention.default, (*qkv, *constants), value)
+        else:
+            plan_op = add(svg_ear.clustered_permute.default, (*qkv, *constants))
+            plan = [add(operator.getitem, (plan_op, i)) for i in range(len(ops.Plan._fields))]
+            exact = add(svg_ear.sparse_exact.default, (*qkv, *plan, *constants))
+            out = add(operator.getitem, (exact, 0), value)
+            sums = out_value.new_empty(out_value.shape[:-1], dtype=torch.float32)
+            lse = add(operator.getitem, (exact, 1), sums)
+            args = (qkv[0], out, lse, *plan, *constants)
+            result = add(svg_ear.centroid_compensation.default, args, value)
         if mask is not None and site.key_mask is not None and site.key_mask.zero_rows:
             rows = _method(graph, "transpose", mask, 2, 3, value=example(mask).transpose(2, 3))
             result = add(torch.where, (rows, result, 0.0), value)

@@ -39,6 +39,11 @@ def hint(size: Any) -> int | None:
     return int(size.node.shape_env.size_hint(size.node.expr))
 
 
+def is_symbolic(size: Any) -> bool:
+    """Whether a compiled graph takes other values of this size, too."""
+    return isinstance(size, torch.SymInt) and not size.node.expr.is_number
+
+
 def constant(value: Any) -> float | None:
     """A number of the graph that no run changes: a literal, or a symbol that was specialised; else None.
 

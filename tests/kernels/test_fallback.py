@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -82,3 +83,35 @@ def test_device_errors_always_propagate(monkeypatch: pytest.MonkeyPatch) -> None
     with context.active(call), pytest.raises(torch.AcceleratorError):
         merged(*inputs(70), None, CONSTANTS)
     assert not call.dense
+
+
+@pytest.mark.parametrize("whole", [merged, three])
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"min_tokens": 68}, "too few tokens"),
+        ({"min_tokens": 67}, ""),
+        ({"min_frames": 2, "grid": [1, 67, 1]}, "one frame"),
+        ({"min_frames": 2}, ""),
+    ],
+)
+def test_a_call_that_is_too_small_is_dense(
+    whole: Callable[..., Tensor], inside: bool, changes: dict[str, Any], reason: str
+) -> None:
+    """67 video tokens and 3 of text. Without a grid nothing says how many frames there are."""
+    tensors = inputs(70)
+    c = CONSTANTS._replace(num_text=3, order="cubes", density=0.01, **changes)
+    call = context.Call()
+    with context.active(call) if inside else nullcontext():
+        got = whole(*tensors, None, c)
+    want = F.scaled_dot_product_attention(*tensors)
+    assert torch.equal(got, want) == bool(reason)
+    assert call.dense == ({c.site: reason} if reason and inside else {})
+
+
+def test_frames_of_this_call_count_where_the_graph_does_not_know_them() -> None:
+    call = context.Call(grid=(1, 7, 10))
+    with context.active(call):
+        merged(*inputs(70), None, CONSTANTS._replace(min_frames=2))
+    assert call.dense == {3: "one frame"}

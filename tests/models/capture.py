@@ -13,7 +13,6 @@ from torch import fx, nn
 from svg_ear_compile.passes.classify import classify
 from svg_ear_compile.passes.inputs import read_inputs
 from svg_ear_compile.passes.match import match
-from svg_ear_compile.passes.merge import merge
 from svg_ear_compile.passes.rewrite import rewrite
 from svg_ear_compile.passes.site import GraphInputs, Site
 
@@ -61,10 +60,7 @@ class Backend:
         others = (*found.others, *filter(None, [found.outside]))
         self.captured.append(Captured(gm, graph, example_inputs, sites, inputs, names, others))
         if self.rewrites:
-            new = rewrite(gm, sites, self.knobs)
-            if self.knobs.merge:
-                merge(new)
-            gm.graph = new
+            gm.graph = rewrite(gm, sites, self.knobs)
         return self.inner(gm, example_inputs)
 
     @property

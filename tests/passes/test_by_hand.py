@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from svg_ear_compile.passes.match import match
-from svg_ear_compile.passes.merge import merge
 from svg_ear_compile.passes.rewrite import rewrite
 
 BIAS = torch.zeros(1, 1, 1, 72)
@@ -83,7 +82,6 @@ def test_rewritten(form: Form, dynamic: bool | None) -> None:
     assert site.verdict.rewrite, str(site.verdict)
     assert graph.others == ()
     new = rewrite(graph.gm, graph.sites, Knobs())
-    merge(new)
     names = {str(node.target) for node in new.nodes}
     assert not [name for name in names if "matmul" in name or "softmax" in name or "einsum" in name], (
         "all dead"
@@ -133,7 +131,6 @@ def test_masks_over_keys(how: str) -> None:
     assert site.mask == "key padding [2,1,1,72] bool"
     expected = masked(MASKED[how])(clip, PADDING)
     graph.gm.graph = rewrite(graph.gm, graph.sites, Knobs())
-    merge(graph.gm.graph)
     values = {"l_clip_": clip, "l_mask_": PADDING}
     inputs = [values[node.name] for node in graph.gm.graph.find_nodes(op="placeholder")]
     torch.testing.assert_close(graph.gm(*inputs)[0], expected, atol=1e-5, rtol=1e-4)

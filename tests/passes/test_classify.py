@@ -13,6 +13,7 @@ from models.capture import Knobs
 from models.graphs import captured, heads, tokens, video
 from torch import Tensor, nn
 
+from svg_ear_compile.kernels.constants import SiteConstants
 from svg_ear_compile.passes.classify import named
 from svg_ear_compile.passes.rewrite import rewrite
 from svg_ear_compile.passes.site import Reason, Site
@@ -111,15 +112,21 @@ def test_lost_tokens_are_unknown_unless_named() -> None:
     assert site_of(f, video(), sites=("*",)).verdict.rewrite
 
 
-def test_images_need_many_tokens() -> None:
-    def f(picture: Tensor) -> Tensor:
-        x = heads(picture.flatten(2).transpose(1, 2))
-        return F.scaled_dot_product_attention(x, x, x)
+@pytest.mark.parametrize(("least", "words"), [(72, ""), (73, "72 of at least 73")])
+def test_too_few_tokens(least: int, words: str) -> None:
+    site = site_of(self_attention(), video(), min_tokens=least)
+    assert site.verdict.rewrite == (words == "")
+    assert (site.min_tokens, site.min_frames) == (0, 0), "one size, which was looked at already"
+    if words:
+        assert (site.verdict.reason, site.verdict.detail) == (Reason.TOO_FEW_TOKENS, words)
 
-    picture = torch.randn(1, 32, 8, 8)
-    assert site_of(f, picture).verdict.reason is Reason.NO_SIGN_OF_VIDEO
-    assert site_of(f, picture, sites=("*",)).verdict.rewrite
-    assert site_of(f, torch.empty(1, 32, 128, 128, device="meta")).verdict.rewrite
+
+def test_too_few_tokens_in_a_graph_of_any_length() -> None:
+    site = site_of(self_attention(), video(), min_tokens=73, dynamic=True)
+    assert (site.verdict.rewrite, site.min_tokens) == (True, 73)
+    assert str(site.verdict).endswith("; too few tokens or one frame: decided per call)")
+    assert site_of(self_attention(), video(), min_tokens=1, dynamic=True).min_tokens == 0
+    assert site_of(self_attention(), video(), min_tokens=None, dynamic=True).min_tokens == 8192
 
 
 def test_gradients_keep_a_site_dense() -> None:
@@ -191,8 +198,8 @@ class Scaled(nn.Module):
 def test_scales_that_no_run_changes(scale: Any, dynamic: bool | None) -> None:
     graph = captured(Scaled(scale), video(), dynamic=dynamic)
     assert graph.sites[0].verdict.rewrite, str(graph.sites[0].verdict)
-    (op,) = (n for n in rewrite(graph.gm, graph.sites, Knobs()).nodes if "sparse_exact" in str(n.target))
-    assert op.args[-10] == (0.5 if scale == 0.5 else None if dynamic else 0.25)
+    (op,) = (n for n in rewrite(graph.gm, graph.sites, Knobs()).nodes if "svg_ear.attention" in str(n.target))
+    assert SiteConstants(*op.args[4:]).scale == (0.5 if scale == 0.5 else None if dynamic else 0.25)
 
 
 def test_a_scale_that_changes_with_the_length() -> None:

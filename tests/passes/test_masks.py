@@ -12,7 +12,6 @@ from models.capture import Captured, Knobs
 from models.graphs import captured, heads, tokens, video
 from torch import Tensor, fx
 
-from svg_ear_compile.passes.merge import merge
 from svg_ear_compile.passes.rewrite import rewrite
 from svg_ear_compile.passes.sizes import shape
 
@@ -34,9 +33,7 @@ def graph_of(make: Make, padding: Tensor = PADDING, **how: Any) -> Captured:
 
 
 def rewritten(graph: Captured) -> fx.Graph:
-    new = rewrite(graph.gm, graph.sites, Knobs())
-    merge(new)
-    return new
+    return rewrite(graph.gm, graph.sites, Knobs())
 
 
 def by_repeat(m: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ from torch import Tensor, fx
 
 from svg_ear_compile.kernels.constants import SiteConstants
 from svg_ear_compile.passes.match import SDPA
-from svg_ear_compile.passes.merge import merge
 from svg_ear_compile.passes.rewrite import rewrite
 
 OPS = torch.ops.svg_ear
@@ -41,7 +40,9 @@ def constants_of(node: fx.Node) -> SiteConstants:
 def test_three_ops_in_place_of_one() -> None:
     graph = joint_graph()
     before = str(graph.gm.graph)
-    new = rewrite(graph.gm, graph.sites, Knobs(density=0.5, order="splits", seed=3, compensate=False))
+    new = rewrite(
+        graph.gm, graph.sites, Knobs(density=0.5, order="splits", seed=3, compensate=False, merge=False)
+    )
     assert targets(new) == [
         "svg_ear::clustered_permute",
         "svg_ear::sparse_exact",
@@ -57,19 +58,27 @@ def test_three_ops_in_place_of_one() -> None:
             )  # fmt: skip
 
 
-def test_merging_leaves_one_op() -> None:
+def test_one_op_by_default() -> None:
     graph = joint_graph()
-    new = rewrite(graph.gm, graph.sites, Knobs())
-    (last,) = new.find_nodes(op="call_function", target=OPS.centroid_compensation.default)
-    constants, qkv = (
-        constants_of(last),
-        new.find_nodes(op="call_function", target=OPS.sparse_exact.default)[0].args[:4],
-    )
-    assert merge(new) == 1
-    assert targets(new) == ["svg_ear::attention"]
-    (merged,) = new.find_nodes(op="call_function", target=OPS.attention.default)
-    assert (merged.args[:4], constants_of(merged)) == (qkv, constants)
-    assert merge(new) == 0
+    one, three = (rewrite(graph.gm, graph.sites, Knobs(merge=merge)) for merge in (True, False))
+    assert targets(one) == ["svg_ear::attention"]
+    (merged,) = one.find_nodes(op="call_function", target=OPS.attention.default)
+    (exact,) = three.find_nodes(op="call_function", target=OPS.sparse_exact.default)
+    assert constants_of(merged) == constants_of(exact)
+    names = [[node and node.name for node in op.args[:4]] for op in (merged, exact)]
+    assert names[0] == names[1], "the same query, key, value and mask"
+
+
+def test_both_forms_are_equal() -> None:
+    clip, words = video(32, 3, 16, 16), torch.randn(1, 5, 32)
+    graph = captured(joint, clip, words)
+    forms = [rewrite(graph.gm, graph.sites, Knobs(density=0.3, merge=merge)) for merge in (True, False)]
+    found = []
+    for form in forms:
+        graph.gm.graph = form
+        found.append(graph.gm(*graph.example_inputs)[0])
+    torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=1e-5)
+    assert not torch.allclose(found[0], joint(clip, words), atol=1e-4), "blocks were skipped"
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
@@ -82,7 +91,7 @@ def test_nodes_keep_what_is_written_on_them(dynamic: bool | None) -> None:
     ):
         assert a._dynamo_source is b._dynamo_source
         assert (a.name, a.meta) == (b.name, b.meta)
-    (last,) = new.find_nodes(op="call_function", target=OPS.centroid_compensation.default)
+    (last,) = new.find_nodes(op="call_function", target=OPS.attention.default)
     assert last.meta["stack_trace"] == old.meta["stack_trace"]
     value = last.meta["example_value"]
     assert value.shape == old.meta["example_value"].shape
@@ -92,7 +101,6 @@ def test_nodes_keep_what_is_written_on_them(dynamic: bool | None) -> None:
 def test_symbolic_lengths_are_computed_in_the_graph() -> None:
     graph = joint_graph(dynamic=True)
     new = rewrite(graph.gm, graph.sites, Knobs())
-    merge(new)
     (merged,) = new.find_nodes(op="call_function", target=OPS.attention.default)
     constants = constants_of(merged)
     nodes = [constants.num_text, *constants.grid]
@@ -121,7 +129,6 @@ def test_in_place_operations_keep_their_places() -> None:
     clip = video()
     expected = f(clip)
     new = rewrite(graph.gm, graph.sites, Knobs())
-    merge(new)
     graph.gm.graph = new
     torch.testing.assert_close(graph.gm(clip)[0], expected, atol=1e-5, rtol=1e-4)
 
@@ -133,7 +140,6 @@ def test_dense_sites_stay_as_they_are() -> None:
 
     graph = captured(f, video(), torch.randn(1, 5, 32))
     new = rewrite(graph.gm, graph.sites, Knobs())
-    merge(new)
     assert targets(new) == ["sdpa", "svg_ear::attention"]
     assert constants_of(new.find_nodes(op="call_function", target=OPS.attention.default)[0]).site == 1
 
