@@ -17,7 +17,7 @@ Computed for the heads where it was measured to make errors smaller; it makes a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -47,35 +47,48 @@ def terms(plan: Plan, scale: float, heads: Sequence[bool]) -> Terms | None:
 
 def matrices(plan: Plan, scale: float, heads: Tensor) -> Tensor:
     """M_i of heads [n]: [B,n,Cq,D,D], float32 on a CPU, else of the key's dtype."""
-    B, _, _, D = plan.key.shape
-    Ck = plan.bias.shape[-1]
-    columns = -(-Ck // _ALIGNED) * _ALIGNED
-    group = max(1, _CHUNK_BYTES // (B * columns * D * D * plan.key.element_size()))
-    covariances = kernels_for(plan.key).covariance.covariances
     found = []
-    for some in heads.split(group):
-        logits = plan.query_centroids[:, some].float() @ plan.key_centroids[:, some].float().mT
-        weights = torch.softmax(scale * logits + plan.bias[:, some], dim=-1).nan_to_num_(0)
-        blocks = covariances(
-            plan.key, plan.value, plan.key_offsets, plan.key_centroids, plan.value_centroids, some, columns
-        )
-        weights = F.pad(scale * weights, (0, columns - Ck)).to(blocks.dtype)
-        found.append((weights @ blocks.flatten(-2)).unflatten(-1, (D, D)))
+    for some, covariances in _covariances(plan, heads):
+        of_heads = (x[:, some] for x in (plan.query_centroids, plan.bias, plan.key_centroids))
+        found.append(_weighted(*of_heads, covariances, scale))
     return torch.cat(found, dim=1)
 
 
-def linear(query: Tensor, blocks: Tensor, plan: Plan, scale: float) -> Tensor:
-    """M_i^T q of few queries [B,H,n,D] in the query blocks i [B,H,n] int64, of every head: float32."""
+def linear(query: Tensor, blocks: Tensor, plans: Sequence[Plan], scale: float) -> list[Tensor]:
+    """M_i^T q of few queries [B,H,n,D] in the query blocks i [B,H,n] int64, of every head: float32.
+
+    One for each of the plans, which are alike but for what their routing chose: the C_j are made once.
+    """
     B, H, n, D = query.shape
-    index = blocks[..., None]
     # Each query as a block of its own: most blocks have none.
-    of_rows = plan._replace(
-        query_centroids=torch.take_along_dim(plan.query_centroids, index, dim=2),
-        bias=torch.take_along_dim(plan.bias, index, dim=2),
-    )
-    group = max(1, _CHUNK_BYTES // (4 * B * n * D * D))
-    found = []
-    for some in torch.arange(H, device=query.device).split(group):
-        rows = query[:, some, :, None].float()
-        found.append((rows @ matrices(of_rows, scale, some).float())[..., 0, :])
-    return torch.cat(found, dim=1)
+    index = blocks[..., None]
+    centroids = torch.take_along_dim(plans[0].query_centroids, index, dim=2)
+    biases = [torch.take_along_dim(plan.bias, index, dim=2) for plan in plans]
+    found: list[list[Tensor]] = [[] for _ in plans]
+    for some, covariances in _covariances(plans[0], torch.arange(H, device=query.device), 4 * B * n * D * D):
+        rows, keys = query[:, some, :, None].float(), plans[0].key_centroids[:, some]
+        for bias, of_plan in zip(biases, found, strict=True):
+            m = _weighted(centroids[:, some], bias[:, some], keys, covariances, scale)
+            of_plan.append((rows @ m.float())[..., 0, :])
+    return [torch.cat(x, dim=1) for x in found]
+
+
+def _covariances(plan: Plan, heads: Tensor, bytes_of_head: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """C_j [B,some,columns,D,D] of a few of the heads [n] at a time: (some, C_j).
+
+    columns: key blocks and, for cuBLAS, some zeros. bytes_of_head: what else is made of a head at a time.
+    """
+    B, _, _, D = plan.key.shape
+    columns = -(-plan.bias.shape[-1] // _ALIGNED) * _ALIGNED
+    group = max(1, _CHUNK_BYTES // max(B * columns * D * D * plan.key.element_size(), bytes_of_head))
+    tensors = (plan.key, plan.value, plan.key_offsets, plan.key_centroids, plan.value_centroids)
+    for some in heads.split(group):
+        yield some, kernels_for(plan.key).covariance.covariances(*tensors, some, columns)
+
+
+def _weighted(queries: Tensor, bias: Tensor, keys: Tensor, covariances: Tensor, scale: float) -> Tensor:
+    """M_i [B,heads,m,D,D] of query centroids [B,heads,m,D] with biases [B,heads,m,Ck]; keys: centroids."""
+    logits = queries.float() @ keys.float().mT
+    weights = torch.softmax(scale * logits + bias, dim=-1).nan_to_num_(0)
+    weights = F.pad(scale * weights, (0, covariances.shape[2] - bias.shape[-1])).to(covariances.dtype)
+    return (weights @ covariances.flatten(-2)).unflatten(-1, (keys.shape[-1],) * 2)

@@ -11,6 +11,8 @@ The rows are drawn by a generator of their own from the seed of the call: the sa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -94,24 +96,28 @@ def true_error(
     return torch.cat(heads, dim=-1)
 
 
-def planned_error(
-    query: Tensor, plan: Plan, exact: Tensor, tokens: Tensor, scale: float, terms: bool = False
+def planned_errors(
+    query: Tensor, plans: Sequence[Plan], exact: Tensor, tokens: Tensor, scale: float, terms: bool = False
 ) -> Tensor:
-    """(lost, whole) if `plan` were used: [1,2,B,H] float32, with terms [2,2,B,H], the second with first-order
-    terms. exact [B,H,n,D]: exact attention at tokens [B,H,n].
+    """(lost, whole) if these plans were used, which are alike but for what their routing chose.
+
+    [plans * forms,2,B,H] float32: one form, or two with terms, the second with first-order terms. exact
+    [B,H,n,D]: exact attention at tokens [B,H,n].
     """
-    order = plan.query_order.long()
+    order = plans[0].query_order.long()
     slots = torch.empty_like(order).scatter_(
         -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
     )
     slots = slots.gather(-1, tokens)
-    blocks = torch.searchsorted(plan.query_offsets[..., 1:].long(), slots, right=True)
-    queries = rows(query, tokens)
-    out, share = kernels_for(query).rows.planned_rows(queries, blocks, plan, scale)
-    outputs = [out]
-    if terms:
-        outputs.append(out + share[..., None] * first_order.linear(queries, blocks, plan, scale))
-    return torch.stack([_sums(x, exact) for x in outputs])
+    blocks = torch.searchsorted(plans[0].query_offsets[..., 1:].long(), slots, right=True)
+    queries, sums = rows(query, tokens), []
+    linear = first_order.linear(queries, blocks, plans, scale) if terms else []
+    for i, plan in enumerate(plans):
+        out, share = kernels_for(query).rows.planned_rows(queries, blocks, plan, scale)
+        sums.append(_sums(out, exact))
+        if terms:
+            sums.append(_sums(out + share[..., None] * linear[i], exact))
+    return torch.stack(sums)
 
 
 def _sums(out: Tensor, exact: Tensor) -> Tensor:

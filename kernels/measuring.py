@@ -16,13 +16,14 @@ from .plan import Plan
 
 
 def measure_call(
-    query: Tensor, keys: Callable[[], tuple[Tensor, Tensor, Tensor | None]], out: Tensor, plan: Plan,
+    query: Tensor, keys: Callable[[], tuple[Tensor, Tensor, Tensor | None]], out: Tensor, query_order: Tensor,
     c: SiteConstants, trial: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> None:  # fmt: skip
     """Measures the error of a sparse call's output, on a sample and on all rows, where the host asked for it.
 
-    keys: makes key and value, in any order, and which of them there are (None: all). trial: `try_forms` with
-    what it needs besides tokens and exact rows; where the host asked for it, its sums follow the error.
+    query_order: of its plan, whose rest need not be kept. keys: makes key and value, in any order, and which
+    of them there are (None: all). trial: `try_forms` with what it needs besides tokens and exact rows; where
+    the host asked for it, its sums follow the error.
     """
     if capture.is_recorded(query):
         return
@@ -33,7 +34,7 @@ def measure_call(
 
         def sampled() -> Tensor:
             slots = measure.sample(query.shape[2], query, request.seed, measure.count(query))
-            tokens = plan.query_order.gather(-1, slots).long()
+            tokens = query_order.gather(-1, slots).long()
             error = measure.output_error(query, *keys(), out, tokens, scale)[None]
             if trial is None or not request.densities:
                 return error
@@ -67,20 +68,22 @@ def try_forms(
 
     [orders * densities * forms,2,B,H] float32: forms are 1, or 2, without and with first-order terms.
     """
-    call = context.current()
-    request, errors = call.measure[c.site], []
-    mask = drop_noop_mask(attn_mask, c.site)
-    for order in request.orders or (c.order,):
-        # Splits are made anew, once for all densities; k-means goes on from what it left.
+    call, mask = context.current(), drop_noop_mask(attn_mask, c.site)
+    request = call.measure[c.site]
+
+    def plans(order: str) -> list[Plan]:
+        site = c._replace(order=order)
+        # Splits are made anew; k-means goes on from what it left.
         carried = call.carried if order == "kmeans" else {}
-        for density in request.densities:
-            # These plans compute no output: their areas count nowhere.
-            trial = replace(call, density={c.site: density}, split_heads={}, carried=carried, totals={})
-            with context.active(trial):
-                plan = planning.make_plan(query, key, value, mask, c._replace(order=order))
-            errors.append(
-                measure.planned_error(query, plan, exact, tokens, c.scale_of(query), request.first_order)
-            )
+        with context.active(replace(call, split_heads={}, carried=carried)):
+            blocks = planning.arrange(query, key, value, mask, site)
+        scores = planning.probe(blocks, site, without_density=False)
+        return [planning.route(blocks, scores, site, density)[0] for density in request.densities]
+
+    errors = [
+        measure.planned_errors(query, plans(order), exact, tokens, c.scale_of(query), request.first_order)
+        for order in request.orders or (c.order,)
+    ]
     return torch.cat(errors)
 
 

@@ -76,7 +76,7 @@ def _load_tile(source, head, first0, first1, ring, step):
     STAGES: gl.constexpr = tiles.shape[0]
     PARTS: gl.constexpr = tiles.shape[2] // _COLUMNS
     shape: gl.constexpr = [STAGES * PARTS * 2, 1, _BLOCK, _COLUMNS]  # the tiles' boxes as they lie in memory
-    if _RENAMED:
+    if _RENAMED:  # noqa: SIM108 - a constant: the other branch must not be compiled
         boxes = tiles.reinterpret(tiles.dtype, shape, _BOX)
     else:
         boxes = tiles._reinterpret(tiles.dtype, shape, _BOX)

@@ -75,7 +75,7 @@ def test_equals_the_formula(dtype, head_dim, equal, masked):
     expected_share = reference.joint_softmax(query, ones, scale).take_along_dim(tokens, dim=2)[..., 0]
     assert (share - expected_share).abs().max().item() <= torch.finfo(dtype).eps
 
-    linear = first_order.linear(queries, blocks, plan, scale)
+    linear = first_order.linear(queries, blocks, [plan], scale)[0]
     with_terms = reference.joint_softmax(query, clean, scale, first_order=(True,) * 3)
     added = (with_terms - expected).take_along_dim(tokens, dim=2)
     # The matrices are rounded to the input's dtype: relative to what they add.
@@ -91,7 +91,7 @@ def test_the_same_bits_twice_without_waiting():
     _, queries, blocks = some_queries(query, plan)
 
     def both() -> tuple[Tensor, ...]:
-        linear = first_order.linear(queries, blocks, plan, 0.1)
+        linear = first_order.linear(queries, blocks, [plan], 0.1)[0]
         return (*triton_rows.planned_rows(queries, blocks, plan, 0.1), linear)
 
     both()  # the first call compiles

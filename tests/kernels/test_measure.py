@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from svg_ear_compile.kernels import context, first_order, measure, reference, rows
+from svg_ear_compile.kernels import context, first_order, measure, planning, reference, rows
 from svg_ear_compile.kernels.constants import SiteConstants
 from svg_ear_compile.kernels.context import Measure
 from svg_ear_compile.kernels.fallback import SiteError
@@ -144,6 +146,39 @@ def test_orders_are_tried_on_the_same_rows() -> None:
     whole = both.measured[SITE][:, 1]
     assert torch.equal(whole, whole[:1].expand_as(whole)), "the same rows, the same exact output"
     assert not torch.equal(both.measured[SITE][0], both.measured[SITE][2])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_no_density_changes_is_made_once(masked, monkeypatch) -> None:
+    """And the numbers are those of plans made one by one, to the bit."""
+    attn_mask, orders, densities = mask() if masked else None, ("cubes", "splits"), (0.2, 0.5)
+    query, key, value = inputs()
+    tokens = measure.sample(VIDEO + TEXT, query, 5, measure.count(query, trial=True))
+    dense = context.Call(strict=True, dense={SITE: "a test"})
+    exact = measure.rows(attend(dense, constants(), attn_mask), tokens)
+    expected = []
+    for order, density in itertools.product(orders, densities):
+        with context.active(context.Call(density={SITE: density})):
+            plan = planning.make_plan(query, key, value, attn_mask, constants(order))
+        expected.append(measure.planned_errors(query, [plan], exact, tokens, 0.25, terms=True))
+
+    counts: Counter[str] = Counter()
+
+    def counted(module: Any, name: str) -> None:
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, **k: counts.update([name]) or function(*a, **k))
+
+    for module, name in (
+        (planning, "arrange"), (planning, "probe"), (planning, "route"), (first_order, "_covariances"),
+        (rows, "planned_rows"),
+    ):  # fmt: skip
+        counted(module, name)
+    running = context.Call(
+        strict=True, measure={SITE: Measure(5, densities, orders, True)}, dense={SITE: "a test"}
+    )
+    attend(running, constants("auto"), attn_mask)
+    assert torch.equal(running.measured[SITE], torch.cat(expected))
+    assert counts == {"arrange": 2, "probe": 2, "route": 4, "_covariances": 2, "planned_rows": 4}
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -104,7 +104,7 @@ def test_the_linear_part_is_the_formula_s(group: int, monkeypatch: pytest.Monkey
     index = tokens[..., None]
     queries = torch.take_along_dim(query, index, dim=2)
     out, share = rows.planned_rows(queries, blocks, plan, SCALE)
-    linear = share[..., None] * first_order.linear(queries, blocks, plan, SCALE)
+    linear = share[..., None] * first_order.linear(queries, blocks, [plan], SCALE)[0]
     expected = reference.joint_softmax(query, plan, SCALE, first_order=(True,) * H).take_along_dim(
         index, dim=2
     )
