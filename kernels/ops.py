@@ -25,7 +25,7 @@ from . import context, first_order, planning
 from .constants import SiteConstants
 from .dense import dense_attention, dense_keys, drop_noop_mask, like_output
 from .dispatch import kernels_for
-from .fallback import sparse_or_dense
+from .fallback import is_dense, sparse_or_dense
 from .measuring import measure_call, measure_dense, try_forms
 from .plan import Plan, empty_plan
 
@@ -37,7 +37,7 @@ _TAGS = (torch.Tag.cudagraph_unsafe, torch.Tag.needs_fixed_stride_order)
 _QKV = "Tensor query, Tensor key, Tensor value, Tensor? attn_mask"
 _CONSTANTS = (
     "float? scale, SymInt num_text, bool text_first, SymInt[] grid, str order, str routing, "
-    "bool compensate, float? density, int seed, int site"
+    "bool compensate, float? density, int seed, int site, int min_tokens=0, int min_frames=0"
 )
 _PLAN = (
     "Tensor key_p, Tensor value_p, Tensor query_order, Tensor query_offsets, Tensor key_order, "
@@ -77,7 +77,7 @@ def clustered_permute(
         shared = ("query_order", "query_offsets", "key_order", "key_offsets")
         return plan._replace(**{name: getattr(plan, name).clone() for name in shared})
 
-    return sparse_or_dense(query, c.site, sparse, lambda: empty_plan(query, c.num_text, c.order), alone=False)
+    return sparse_or_dense(query, c, sparse, lambda: empty_plan(query, c.num_text, c.order), alone=False)
 
 
 @clustered_permute.register_fake
@@ -113,7 +113,7 @@ def sparse_exact(
         measure_dense(out, c, partial(try_forms, query, key, value, attn_mask, c))
         return out, query.new_empty(query.shape[:-1], dtype=torch.float32)
 
-    return sparse_or_dense(query, c.site, sparse, dense, alone=False)
+    return sparse_or_dense(query, c, sparse, dense, alone=False)
 
 
 @sparse_exact.register_fake
@@ -136,7 +136,7 @@ def centroid_compensation(query: Tensor, out: Tensor, lse: Tensor, *plan_and_con
     of keys does not matter.
     """
     plan, c = _unpack(plan_and_constants)
-    out_is_dense = c.site in context.current().dense
+    out_is_dense = is_dense(query, c)
 
     def keys() -> tuple[Tensor, Tensor, Tensor]:
         slots = torch.arange(query.shape[2], device=query.device)
@@ -155,7 +155,7 @@ def centroid_compensation(query: Tensor, out: Tensor, lse: Tensor, *plan_and_con
             return like_output(query).copy_(out)
         return dense_attention(query, *keys(), c.scale)
 
-    return sparse_or_dense(query, c.site, sparse, dense)
+    return sparse_or_dense(query, c, sparse, dense)
 
 
 @centroid_compensation.register_fake
@@ -194,7 +194,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | Non
         measure_dense(out, c, partial(try_forms, query, key, value, attn_mask, c))
         return out
 
-    return sparse_or_dense(query, c.site, sparse, dense)
+    return sparse_or_dense(query, c, sparse, dense)
 
 
 @attention.register_fake
