@@ -107,7 +107,7 @@ def _setting(default: Any, parse: Callable[[Any], Any], allowed: str, doc: str) 
     return field(default=default, metadata={"parse": parse, "allowed": allowed, "doc": doc})
 
 
-QUALITY = {"near-lossless": 0.01, "high": 0.02, "balanced": 0.04, "turbo": 0.08}
+QUALITY = {"near-lossless": 0.015, "high": 0.025, "balanced": 0.04, "turbo": 0.06}
 """The target_error that a level stands for."""
 ALIASES = {"lossless-ish": "near-lossless"}
 DEFAULT_QUALITY = "balanced"

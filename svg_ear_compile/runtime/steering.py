@@ -34,7 +34,9 @@ class Tuning(NamedTuple):
     """Of the target: errors grow towards the end, and are noticed a step late."""
     make_up: tuple[float, float] = (0.8, 1.2)
     """Of the target: what the steps that are left may aim at, to make up for those before."""
-    lower: float = 0.7
+    few: tuple[int, float] = (16, 1.6)
+    """Of up to so many steps the first errs so many times as much as the later ones: that is what it may aim at."""
+    lower: float = 0.8
     """In one step the density goes down to this share at most: samples miss rows that err much."""
     hysteresis: float = 0.05
     """Smaller relative changes are not made."""
@@ -115,6 +117,8 @@ class Steering:
             least, most = (bound * aim for bound in TUNING.make_up)
             rest = ((self._steps + steps_left) * aim**2 - self._spent) / steps_left
             aim = min(max(math.sqrt(max(rest, 0.0)), least), most)
+        elif steps_left is not None and steps_left <= TUNING.few[0]:
+            aim *= TUNING.few[1]
         error = max(self.expected(self.density), 1e-9)
         need = density_of(max(span(self.density) + math.log(error / aim) / self.rate, -2.0))
         self.pays = need <= self.most * (1.1 if self.pays else 1.0)
