@@ -58,6 +58,7 @@ def sparse_or_dense(
 def _record_failure(call: context.Call, site: int, error: Exception) -> None:
     kind = type(error).__name__
     call.dense[site] = f"failed: {kind}"
+    call.measure.pop(site, None)  # a trial would only fail once more
     call.counters[f"fallback: {kind}"] += 1
     warn_once(call, kind, f"{call.name_of(site)} ran dense because of {error!r}")
 

@@ -45,6 +45,19 @@ def test_a_failure_means_dense_and_one_warning(
     assert first.counters == {"fallback: ValueError": 2}
 
 
+@pytest.mark.parametrize("whole", [merged, three])
+def test_what_failed_is_not_tried_once_more(
+    whole: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The call that runs dense instead measures no trial, which would fail for the same reason."""
+    monkeypatch.setattr(route, "route", raising(ValueError("no way")))
+    call = context.Call(measure={CONSTANTS.site: context.Measure(0, (0.2,))})
+    with context.active(call), pytest.warns(RuntimeWarning, match="ran dense") as caught:
+        whole(*inputs(70), None, CONSTANTS)
+    assert len(caught) == 1
+    assert call.counters == {"fallback: ValueError": 1}
+
+
 @pytest.mark.parametrize("kernel", ["sparse_exact", "centroid_compensation"])
 @pytest.mark.parametrize("masked", [True, False])
 def test_a_failing_kernel_means_dense(kernel: str, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
