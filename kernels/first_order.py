@@ -49,8 +49,8 @@ def matrices(plan: Plan, scale: float, heads: Tensor) -> Tensor:
     """M_i of heads [n]: [B,n,Cq,D,D], float32 on a CPU, else of the key's dtype."""
     found = []
     for some, covariances in _covariances(plan, heads):
-        of_heads = (x[:, some] for x in (plan.query_centroids, plan.bias, plan.key_centroids))
-        found.append(_weighted(*of_heads, covariances, scale))
+        queries, bias, keys = (x[:, some] for x in (plan.query_centroids, plan.bias, plan.key_centroids))
+        found.append(_weighted(queries, bias, keys, covariances, scale))
     return torch.cat(found, dim=1)
 
 
