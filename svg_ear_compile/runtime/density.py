@@ -98,6 +98,8 @@ class Controller:
         self._num_steps: int | None = None
         self._ran_sparse = False
         self._unread: deque[tuple[Layer, CallLog]] = deque()
+        self._last_step: dict[tuple[int, int], int] = {}
+        """Of each layer (model, layer): when it ran last."""
 
     def begin(self, step: int, dense_steps: int, num_steps: int | None) -> None:
         """A call of this step comes, of `dense_steps` dense ones and num_steps (None: unknown) in all."""
@@ -146,6 +148,7 @@ class Controller:
 
     def ran(self, layer: Layer, log: CallLog) -> None:
         """A call is over."""
+        self._last_step[log.model, log.layer] = log.step
         if log.sums is not None:
             self._unread.append((layer, log))
 
@@ -202,6 +205,8 @@ class Controller:
         elif high:
             self.steering.measured(high)
         self.steering.measured(measured)
+        gone = [key for key, step in self._last_step.items() if step < last]
+        self.steering.forget(set(gone))
 
     def _samples(self, layer: Layer, log: CallLog) -> list[Sample]:
         """What a call says of its layer's error: in a dense one, at two densities."""

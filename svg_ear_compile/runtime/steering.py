@@ -13,7 +13,7 @@ What earlier steps erred more or less than T, the steps that are left make up fo
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -85,9 +85,10 @@ class Steering:
 
     def tried(self, low: list[Sample], high: list[Sample]) -> None:
         """What a trial found at two densities, the same layers in both: how fast errors fall, and where they are."""
-        fallen = math.log(_rms(s.error for s in low) / _rms(s.error for s in high))
-        rate = fallen / (span(high[0].density) - span(low[0].density))
-        self.rate = min(max(rate, TUNING.rates[0]), TUNING.rates[1])
+        fallen = _rms(s.error for s in low) / _rms(s.error for s in high)
+        if 0 < fallen < math.inf:  # else an output was not finite
+            rate = math.log(fallen) / (span(high[0].density) - span(low[0].density))
+            self.rate = min(max(rate, TUNING.rates[0]), TUNING.rates[1])
         self.measured(high if self.density > math.sqrt(low[0].density * high[0].density) else low)
 
     def measured(self, samples: list[Sample]) -> None:
@@ -95,8 +96,9 @@ class Steering:
         self._samples |= {sample.layer: sample for sample in samples}
 
     def forget(self, layers: set[Hashable]) -> None:
-        """These do not run any more."""
-        self._samples = {key: sample for key, sample in self._samples.items() if key not in layers}
+        """These do not run any more. They count as long as nothing is known of those that do."""
+        left = {key: sample for key, sample in self._samples.items() if key not in layers}
+        self._samples = left or self._samples
 
     def expected(self, density: float) -> float:
         """The root mean square error at a density; infinite where nothing was measured."""
@@ -128,6 +130,6 @@ class Steering:
         return self.density
 
 
-def _rms(errors: object) -> float:
-    squares = [error**2 for error in errors]  # type: ignore[attr-defined]
+def _rms(errors: Iterable[float]) -> float:
+    squares = [error**2 for error in errors]
     return math.sqrt(sum(squares) / len(squares))

@@ -196,17 +196,19 @@ class SparseCallable:
             return
         dense, logs = {}, []
         for site, layer, decision in run.visits:
-            if site in call.dense and site not in planned:
+            measured, audited = call.measured.get(site), call.audited.get(site)
+            if site in call.dense and site not in planned:  # what it measured was meant for a sparse call
                 failed = call.dense[site].startswith("failed")
                 layer.failures += failed
                 decision = Decision(call.dense[site], "failures" if failed else call.dense[site])
+                measured = audited = None
             elif site not in call.dense:
                 layer.failures = 0
             if decision.dense:
                 dense[site] = decision.counter
             log = CallLog(
                 site, run.calls.number, layer.number, run.calls.branch, run.generation.step, decision,
-                logged(call.measured.get(site)), logged(call.audited.get(site)),
+                logged(measured), logged(audited),
             )  # fmt: skip
             logs.append(log)
             run.controller.ran(layer, log)

@@ -1,0 +1,127 @@
+"""Modules that call a stand-in for a compiled graph, as diffusers' models call their compiled blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from svg_ear_compile.kernels import context
+from svg_ear_compile.passes.site import GraphInputs
+from svg_ear_compile.records import GraphRecord
+from svg_ear_compile.runtime.key_padding import MaskSource
+from svg_ear_compile.runtime.wrapper import CallPlan, SparseCallable
+from svg_ear_compile.settings import resolve
+
+VIDEO, ROTARY, MASK = range(3)
+SPARSE = {"dense_steps": 0, "strict": True, "density": 0.25}
+STEERED = {**SPARSE, "density": None, "target_error": 0.1, "measure_every": 1}
+AS_IT_IS = MaskSource((MASK,), "shown", sized=False)
+
+
+class Graph:
+    """Records the context of each call, and reads the mask if the context does not know it."""
+
+    def __init__(self) -> None:
+        self.contexts: list[context.Call] = []
+        self.mask_reads = 0
+        self.fail: set[int] = set()
+        self.leave: dict[int, tuple[Tensor, Tensor]] = {}
+        self.error = 0.0
+        """What every call measures, whatever its density."""
+        self.look: Callable[[context.Call], Any] = lambda call: None
+
+    def __call__(self, *args: Any) -> Tensor:
+        call = context.current()
+        self.contexts.append(call)
+        self.look(call)
+        if 0 not in call.seen_keys:
+            self.mask_reads += 1
+            call.seen_keys[0] = int(args[MASK].sum())
+        call.dense |= dict.fromkeys(self.fail, "failed: ValueError")
+        call.carried |= self.leave
+        for request in call.measure.values():
+            tried = len(request.densities) * len(request.orders or ("its own",)) * (1 + request.first_order)
+            errors = torch.full((tried + (not call.dense),), self.error)
+            call.measured[0] = torch.stack([errors**2, torch.ones_like(errors)], 1)[..., None, None]
+        return args[VIDEO]
+
+    def of_first(self, name: str) -> list[Any]:
+        """A field of each context, for the site 0."""
+        return [getattr(call, name).get(0) for call in self.contexts]
+
+
+class Grids:
+    def __init__(self) -> None:
+        self.reads = 0
+
+    def __call__(self, tables: Sequence[Tensor], tokens: int) -> tuple[int, int, int]:
+        self.reads += 1
+        return 2, tokens // 4, 2
+
+
+def callable_of(
+    options: dict[str, Any], mask: MaskSource = AS_IT_IS, number: int = 0
+) -> tuple[SparseCallable, Graph, Grids]:
+    """The callable of a graph with one site; its arguments are [video, rotary, mask]."""
+    graph, grids = Graph(), Grids()
+    plan = CallPlan((0,), GraphInputs(rotary=(ROTARY,)), VIDEO, {0: 0}, {0: mask}, True, grids)
+    resolved = resolve({**SPARSE, **options}, {})
+    return SparseCallable(graph, plan, resolved.settings, GraphRecord(number, resolved)), graph, grids
+
+
+class Block(nn.Module):
+    def __init__(self, run: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.run = run
+
+    def forward(self, x: Tensor, rotary: Tensor, mask: Tensor) -> Tensor:
+        return self.run(x, rotary, mask)
+
+
+class Model(nn.Module):
+    """Blocks compiled one by one share a graph."""
+
+    def __init__(self, *runs: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(run) for run in runs)
+
+    def forward(self, hidden_states: Tensor, timestep: Any, mask: Tensor | None = None) -> Tensor:
+        tokens = hidden_states.shape[1]
+        rotary = torch.arange(tokens * 4.0).reshape(tokens, 4)
+        mask = torch.ones(1, 1, 1, tokens, dtype=torch.bool) if mask is None else mask
+        for block in self.blocks:
+            hidden_states = block(hidden_states, rotary, mask)
+        return hidden_states
+
+
+class Scheduler:
+    def __init__(self, steps: int) -> None:
+        self.timesteps = torch.linspace(1000, 100, steps)
+
+
+class Pipeline:
+    """Loops as diffusers' do; `each(i)` runs after each step. guided: calls a step."""
+
+    def __init__(self, model: nn.Module, second: nn.Module | None = None) -> None:
+        self.model, self.second = model, second
+        self.scheduler = Scheduler(1)
+        self.interrupt = False
+
+    def __call__(
+        self, steps: int, guided: int = 2, tokens: int = 16, each: Callable[[int], Any] = lambda i: None
+    ) -> None:
+        self.scheduler = Scheduler(steps)
+        timesteps = self.scheduler.timesteps
+        self.interrupt = False
+        x = torch.zeros(1, tokens, 8)
+        for i, t in enumerate(timesteps):
+            if self.interrupt:
+                continue
+            model = self.second if self.second is not None and t < 500 else self.model
+            model(x, timestep=t.expand(1))
+            if guided > 1:
+                model(x, timestep=t.expand(1))
+            each(i)
