@@ -19,19 +19,20 @@ from torch._dynamo.eval_frame import innermost_fn
 from torch._dynamo.exc import TorchDynamoException
 
 from . import announce, records
+from .kernels.choice import attention_kernel
 from .passes.classify import classify
 from .passes.inputs import mask_arguments, read_inputs
 from .passes.layout import grid_from_rotary
 from .passes.match import match
-from .passes.multihead import expand, left_over
 from .passes.rewrite import rewrite
 from .passes.site import KeyMask, Reason, Site, Verdict
 from .passes.sources import is_activation
+from .passes.subgraphs import inline_regions
 from .records import GraphRecord, SiteRecord
 from .runtime import clock
 from .runtime.key_padding import MaskSource
 from .runtime.wrapper import CallPlan, SparseCallable
-from .settings import Resolved, resolve
+from .settings import Resolved, Settings, resolve
 
 Compiled = Callable[..., Any]
 
@@ -91,9 +92,9 @@ def _apply_passes(
     settings = resolved.settings
     sites: list[Site] = []
     try:
-        whole = expand(gm)
+        whole = inline_regions(gm)
         found = match(whole.graph)
-        record.other_attention = [*found.others, *left_over(whole.graph)]
+        record.other_attention = [*found.others]
         if found.outside and not records.has_attention_alone():
             record.other_attention.append(found.outside)
         sites = classify(whole, settings, example_inputs)
@@ -105,6 +106,7 @@ def _apply_passes(
         plan = None
         if chosen:
             plan = _call_plan(whole, example_inputs, chosen, record)
+            record.kernels = _kernels(chosen, settings)
             gm.graph = rewrite(whole, sites, settings)
     except TorchDynamoException:
         raise  # Dynamo steers by these: restart, skip, unsupported
@@ -125,6 +127,15 @@ def _apply_passes(
         announce.log.debug(text, exc_info=True)
     record.sites = [SiteRecord.of(site) for site in sites]
     return plan
+
+
+def _kernels(sites: list[Site], settings: Settings) -> list[str]:
+    """Which attention kernels these sites run by, and why no faster ones."""
+    queries = [site.node.args[0] if site.node.args else site.node.kwargs["query"] for site in sites]
+    values = [query.meta["example_value"] for query in queries if isinstance(query, fx.Node)]
+    kinds = dict.fromkeys((x.device, x.dtype, int(x.shape[-1])) for x in values)
+    choices = [attention_kernel(*kind, variable=settings.order == "kmeans") for kind in kinds]
+    return list(dict.fromkeys(c.name + (f" ({c.reason})" if c.reason else "") for c in choices))
 
 
 def _call_plan(
@@ -160,7 +171,7 @@ def _mask_source(mask: KeyMask, name: tuple[int, int]) -> MaskSource | None:
     if positions is None:
         return None
     if mask.node.op == "placeholder":
-        return MaskSource(positions, "hidden" if mask.hides else "shown", sized=False)
+        return MaskSource(positions, "shown", sized=False)
     return MaskSource(positions, name)
 
 

@@ -74,10 +74,11 @@ class SiteRecord:
 class GraphRecord:
     """One compiled graph. Threads may count in it while others read.
 
-    other_attention: targets of nodes that look like attention but are no SDPA call. failure: the error that
-    made us hand the graph on untouched. steps: what the step clock says now. grid: (frames, height, width) in
-    tokens, where only the arguments of a call show it. fallbacks: at run time, by reason. totals: per device and
-    thread, the sums that the ops keep. logs: what was done in each call, per generation, the last few.
+    other_attention: targets of nodes that look like attention but are no SDPA call. failure: the error that made us
+    hand the graph on untouched. kernels: which attention kernels run, and why no faster ones. steps: what the step
+    clock says now. grid: (frames, height, width) in tokens, where only the arguments of a call show it. fallbacks: at
+    run time, by reason. totals: per device and thread, the sums that the ops keep. logs: what was done in each call,
+    per generation, the last few.
     """
 
     number: int
@@ -85,6 +86,7 @@ class GraphRecord:
     sites: list[SiteRecord] = field(default_factory=list)
     other_attention: list[str] = field(default_factory=list)
     failure: str | None = None
+    kernels: list[str] = field(default_factory=list)
     steps: str = ""
     grid: tuple[int, int, int] | None = None
     sparse: Counter[int] = field(default_factory=Counter)

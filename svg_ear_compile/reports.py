@@ -92,6 +92,7 @@ class Report:
                     "failure": graph.failure,
                     "other_attention": graph.other_attention,
                     "steps": graph.steps,
+                    "kernels": graph.kernels,
                     "grid": graph.grid,
                     "fallbacks": dict(graph.fallbacks),
                     "sites": sites,
@@ -186,9 +187,16 @@ class Report:
                 f"in {t['measured_calls']} sparse calls of the last generation"
                 + "".join(f"; target {target:g}" for target in targets)
             )
+        guarded = sorted({(e.model, e.layer) for e in self.errors() if e.dense.startswith("its error was")})
+        if guarded:
+            names = ", ".join(f"{model}.{layer}" for model, layer in guarded)
+            lines.append(
+                f"dense because of their errors, to the end of the generation: layers {names} (model.layer)"
+            )
         lines += [f"fallbacks: {count} x {reason}" for reason, count in t["fallbacks"].items()]
         grids = {g.grid: g for g in self.graphs if g.grid}
         lines += [f"frame grid: {t} x {h} x {w}, read off the rotary tables" for t, h, w in grids]
+        lines += [f"kernel: {k}" for k in dict.fromkeys(k for g in self.graphs for k in g.kernels)]
         return lines + list(dict.fromkeys(f"steps: {g.steps}" for g in self.graphs if g.steps))
 
 

@@ -148,12 +148,13 @@ class Settings:
     )  # fmt: skip
     max_error: float | None = _setting(
         None, _optional(_error), "a number >= 0; 0 switches it off",
-        f"a layer with a larger measured error runs dense from then on; else {GUARD:g} x target_error, "
-        "and with density off",
+        "a layer with a larger measured error gets more density, and where that does not help, or a density is set, "
+        f"runs dense to the end of the generation; unset: {GUARD:g} x target_error, and with density off",
     )  # fmt: skip
     measure_every: int = _setting(
         5, _integer(0), "an integer >= 0; 0 means never",
-        "every so many sparse calls of a layer, and in its first few, the error is measured on sampled rows",
+        "the error of every so many sparse calls of a layer is measured on sampled rows, few layers in each step; of "
+        "generations of up to 16 steps every second",
     )  # fmt: skip
     audit: bool = _setting(
         False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import pytest
 import torch
 
 from svg_ear_compile import announce, records, reports
-from svg_ear_compile.control import Control, Decision
 from svg_ear_compile.kernels.context import SiteTotals
 from svg_ear_compile.records import GraphRecord, SiteRecord
+from svg_ear_compile.runtime.density import CallLog, Decision
+from svg_ear_compile.runtime.readback import Sums
 from svg_ear_compile.settings import resolve
 
 
@@ -72,10 +74,8 @@ def test_run_time_counts() -> None:
     record.totals_on("cpu")[0] = SiteTotals(torch.tensor([300, 330]), 1200)
     record.totals_on("cpu")[1] = SiteTotals(torch.tensor([300, 330]), 1200)
     record.fallbacks["fallback: ValueError"] += 1
-    record.clock, record.steps = (
-        "the clock reads the timestep",
-        "1 dense first steps, of 4 (the setting num_steps)",
-    )
+    record.steps = "1 dense first steps, of 4 (the pipeline)"
+    record.kernels = ["Triton (the faster kernel is for Hopper GPUs, sm_90; this one is sm_80)"]
     totals = reports.report([record]).totals()
     assert totals["measured_density"] == pytest.approx(0.25)
     assert totals["executed_area"] == pytest.approx(0.275)
@@ -85,7 +85,8 @@ def test_run_time_counts() -> None:
     assert "6 sparse, 2 dense (2 warm-up steps)" in text
     assert "density: 0.250 in sparse calls, 0.275 executed with padding, 0.438 over all calls" in text
     assert "fallbacks: 1 x fallback: ValueError" in text
-    assert "steps: the clock reads the timestep; 1 dense first steps, of 4" in text
+    assert "steps: 1 dense first steps, of 4 (the pipeline)" in text
+    assert "kernel: Triton (the faster kernel is for Hopper GPUs, sm_90; this one is sm_80)" in text
 
 
 def test_a_site_that_only_ran_dense_has_mean_density_one() -> None:
@@ -95,25 +96,62 @@ def test_a_site_that_only_ran_dense_has_mean_density_one() -> None:
     assert (row.measured_density, row.mean_density) == (None, 1.0)
 
 
-def test_a_layer_in_two_graphs_has_each_of_its_errors_once() -> None:
-    records = [graph(site(), number=number) for number in (0, 1)]
-    control = Control(records[0].resolved.settings)
-    for step, record in enumerate(records):
-        record.controls[0, 7, 0, 0] = control
-        control.ran(step, Decision(density=0.4, measure=()), sums(0.02), graph=record.number)
-    assert [(e.graph, e.step) for e in reports.report(records).errors()] == [(0, 0), (1, 1)]
+def log(
+    layer: int, step: int, decision: Decision, error: float | None = None, true: float | None = None
+) -> CallLog:
+    measured, audited = (None if x is None else Sums(sums(x)) for x in (error, true))
+    return CallLog(0, 7, layer, 0, step, decision, measured, audited)
+
+
+def test_of_several_generations_the_last_is_shown_and_a_few_are_kept() -> None:
+    record = graph(site())
+    for generation in range(12):
+        record.count({}, generation, [log(0, generation, Decision(density=0.4, measure=()), 0.02)])
+    assert [e.step for e in reports.report([record]).errors()] == [11]
+    assert len(record.logs) == records.MAX_GENERATIONS
+    assert record.sparse[0] == 12
+
+
+def test_layers_that_the_guard_made_dense_are_named() -> None:
+    record = graph(site())
+    guarded = Decision("its error was 0.9, more than 0.16", "error beyond max_error")
+    record.count({0: guarded.counter}, 1, [log(5, 0, guarded), log(3, 0, Decision(density=0.4))])
+    assert "dense because of their errors, to the end of the generation: layers 7.5 (model.layer)" in str(
+        reports.report([record])
+    )
+
+
+def test_it_may_be_read_while_another_thread_counts() -> None:
+    record, stop = graph(site()), threading.Event()
+
+    def count() -> None:
+        generation = 0
+        while not stop.is_set():
+            generation += 1
+            record.totals_on(("cpu", generation))[0] = SiteTotals(torch.tensor([1, 1]), 1)
+            record.count({}, generation, [log(0, 0, Decision(density=0.4, measure=()), 0.02)])
+
+    thread = threading.Thread(target=count)
+    thread.start()
+    try:
+        for _ in range(20):
+            str(reports.report([record]))
+    finally:
+        stop.set()
+        thread.join()
+    assert record.sparse[0]
 
 
 def test_errors_by_layer_and_step(capsys: pytest.CaptureFixture[str]) -> None:
     record = graph(site(), options={"target_error": 0.03})
-    controls = [Control(record.resolved.settings) for _ in range(2)]
-    for layer, control in enumerate(controls):
-        record.controls[0, 7, layer, 0] = control
-        control.ran(
-            0, Decision("step 1 of 1 dense warm-up steps", "warm-up steps", measure=(0.1, 0.4)), sums(1, 2)
-        )
-        control.ran(1, Decision(density=0.4, measure=()), sums(0.02 * (layer + 1)), sums(0.5))
-        control.ran(2, Decision(density=0.3))
+    trial = Decision("step 1 of 1 dense warm-up steps", "warm-up steps", measure=(0.1, 0.4))
+    for layer in range(2):
+        logs = [
+            CallLog(0, 7, layer, 0, 0, trial, Sums(sums(1, 2))),
+            log(layer, 1, Decision(density=0.4, measure=()), 0.02 * (layer + 1), 0.5),
+            log(layer, 2, Decision(density=0.3)),
+        ]
+        record.count({}, 1, logs)
     report = reports.report([record])
     assert [(e.layer, e.step, e.density, e.target) for e in report.errors()] == [
         (layer, step, density, 0.03) for layer in (0, 1) for step, density in enumerate((None, 0.4, 0.3))

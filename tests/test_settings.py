@@ -140,21 +140,22 @@ def test_precedence(
 
 HOW_MUCH: list[tuple[dict[str, Any], dict[str, str], tuple[Any, ...]]] = [
     # options, environment, (quality, target_error, density, dense_steps)
-    ({}, {}, ("balanced", 0.04, None, 0.2)),
-    ({"quality": "turbo"}, {}, ("turbo", 0.08, None, 0.1)),
-    ({"quality": "turbo", "dense_steps": 3}, {}, ("turbo", 0.08, None, 3)),
-    ({"quality": "lossless-ish"}, {"SVG_EAR_DENSE_STEPS": "0"}, ("lossless-ish", 0.01, None, 0)),
-    ({}, {"SVG_EAR_QUALITY": "high"}, ("high", 0.02, None, 0.2)),
-    ({"density": None}, {}, ("balanced", 0.04, None, 0.2)),
-    ({"target_error": 0.03}, {}, (None, 0.03, None, 0.2)),
-    ({"density": 0.3}, {}, (None, None, 0.3, 0.2)),
-    ({"density": 0.3}, {"SVG_EAR_QUALITY": "high"}, (None, None, 0.3, 0.2)),
-    ({"quality": "high"}, {"SVG_EAR_TARGET_ERROR": "0.3", "SVG_EAR_DENSITY": "1"}, ("high", 0.02, None, 0.2)),
+    ({}, {}, ("balanced", 0.04, None, 0.1)),
+    ({"quality": "turbo"}, {}, ("turbo", 0.06, None, 0.1)),
+    ({"quality": "turbo", "dense_steps": 3}, {}, ("turbo", 0.06, None, 3)),
+    ({"quality": "near-lossless"}, {"SVG_EAR_DENSE_STEPS": "0"}, ("near-lossless", 0.015, None, 0)),
+    ({"quality": "lossless-ish"}, {}, ("near-lossless", 0.015, None, 0.1)),
+    ({}, {"SVG_EAR_QUALITY": "high"}, ("high", 0.025, None, 0.1)),
+    ({"density": None}, {}, ("balanced", 0.04, None, 0.1)),
+    ({"target_error": 0.03}, {}, (None, 0.03, None, 0.1)),
+    ({"density": 0.3}, {}, (None, None, 0.3, 0.1)),
+    ({"density": 0.3}, {"SVG_EAR_QUALITY": "high"}, (None, None, 0.3, 0.1)),
+    ({"quality": "high"}, {"SVG_EAR_TARGET_ERROR": "0.3", "SVG_EAR_DENSITY": "1"}, ("high", 0.025, None, 0.1)),
     ({"preset": "svg_ear"}, {}, (None, None, None, 0.2)),
     ({"preset": "svg_ear", "density": 0.2}, {}, (None, None, 0.2, 0.2)),
-    ({"preset": "svg2"}, {}, (None, None, None, 0.2)),
+    ({"preset": "svg2", "dense_steps": 1}, {}, (None, None, None, 1)),
     ({"preset": "svg_ear", "target_error": 0.05}, {}, (None, 0.05, None, 0.2)),
-    ({"preset": "svg_ear"}, {"SVG_EAR_QUALITY": "turbo"}, ("turbo", 0.08, None, 0.1)),
+    ({"preset": "svg_ear"}, {"SVG_EAR_QUALITY": "turbo"}, ("turbo", 0.06, None, 0.2)),
 ]
 
 
@@ -169,7 +170,7 @@ def test_one_of_density_target_error_and_quality_says_how_much(
 def test_where_values_come_from() -> None:
     sources = resolve({"quality": "high"}, {"SVG_EAR_DENSITY": "0.3"}).sources
     names = ("quality", "target_error", "density", "dense_steps")
-    assert [sources[name] for name in names] == ["options", "quality", "quality", "quality"]
+    assert [sources[name] for name in names] == ["options", "quality", "quality", "default"]
     assert resolve({"density": 0.3}, {}).sources["target_error"] == "density"
 
 
@@ -203,7 +204,7 @@ def test_conflicts_name_both(
 
 
 def test_the_guard() -> None:
-    assert resolve({"target_error": 0.05}, {}).settings.guard == pytest.approx(0.15)
+    assert resolve({"target_error": 0.05}, {}).settings.guard == pytest.approx(0.2)
     assert resolve({"target_error": 0.05, "max_error": 0.2}, {}).settings.guard == 0.2
     assert resolve({"density": 0.2}, {}).settings.guard == math.inf
     assert resolve({"max_error": 0}, {}).settings.guard == math.inf
@@ -244,6 +245,9 @@ def test_presets_are_the_papers() -> None:
     settings = resolve({"preset": "svg2"}, {}).settings
     assert (settings.order, settings.routing, settings.compensate) == ("kmeans", "mass", False)
     assert (DEFAULTS.order, DEFAULTS.routing) == ("auto", "output_error")
+    assert settings.dense_layers == ((0, 0),), "and their schedule"
+    assert not resolve({"preset": "svg2", "dense_layers": 0}, {}).settings.dense_layers
+    assert not DEFAULTS.dense_layers
 
 
 @pytest.mark.parametrize(
@@ -307,7 +311,7 @@ def test_a_mistyped_variable_gets_a_guess_and_strangers_are_left_alone() -> None
 def test_dense_layers_as_numbers() -> None:
     settings = resolve({"dense_layers": "0, 38-39"}, {}).settings
     assert [n for n in range(50) if settings.is_dense_layer(n)] == [0, 38, 39]
-    assert [n for n in range(50) if DEFAULTS.is_dense_layer(n)] == [0]
+    assert [n for n in range(50) if DEFAULTS.is_dense_layer(n)] == []
 
 
 def test_each_setting_is_documented() -> None:

@@ -40,7 +40,7 @@ class Graph:
         if 0 not in call.seen_keys:
             self.mask_reads += 1
             call.seen_keys[0] = int(args[MASK].sum())
-        call.dense |= dict.fromkeys(self.fail, "failed: ValueError")
+        call.dense |= {site: "failed: ValueError" for site in self.fail if site not in call.dense}
         call.carried |= self.leave
         for request in call.measure.values():
             tried = len(request.densities) * len(request.orders or ("its own",)) * (1 + request.first_order)

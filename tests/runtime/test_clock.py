@@ -329,6 +329,7 @@ def test_the_words_of_the_report() -> None:
     assert run.record.steps.startswith(
         "2 dense first steps; how many there are is unknown outside of a pipeline"
     )
+    model = Model(run)
     for _ in range(4):
         model(X, torch.tensor([5.0]))
     assert "taken for a benchmark" in run.record.steps
