@@ -34,11 +34,10 @@ def attention_kernel(
     if head_dim > MAX_HEAD_DIM:
         return Choice("dense", f"head_dim is {head_dim}; the Triton kernels take up to {MAX_HEAD_DIM}")
     try:
-        import triton
+        from .triton_tiles import capability, version
     except ImportError as error:
         return Choice("dense", f"Triton cannot be imported ({error}); install the one of this PyTorch")
-    capability = torch.cuda.get_device_capability(device)
-    why_not = why_not_hopper(capability, dtype, head_dim, variable, triton.__version__)
+    why_not = why_not_hopper(capability(device), dtype, head_dim, variable, version())
     return Choice("Triton", why_not) if why_not else Choice("Gluon for Hopper", "")
 
 

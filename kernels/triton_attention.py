@@ -35,7 +35,7 @@ from torch import Tensor
 from .choice import MAX_HEAD_DIM, why_not_hopper
 from .plan import KEY_BLOCK, QUERY_BLOCK, Plan, Terms
 from .triton_configs import Config, config_for
-from .triton_tiles import LN_2, LOG2_E, capability, descriptor, load_rows
+from .triton_tiles import LN_2, LOG2_E, capability, descriptor, load_rows, version
 
 
 @triton.jit
@@ -286,7 +286,7 @@ def attend(
     terms: Terms | None = None,
 ) -> Tensor:
     """Both in one. Without a config the GPU's best kernel, which may be the one in triton_hopper.py."""
-    found = capability(query.device), query.dtype, query.shape[-1], variable, triton.__version__
+    found = capability(query.device), query.dtype, query.shape[-1], variable, version()
     if config is None and scale > 0 and not why_not_hopper(*found):
         from . import triton_hopper
 

@@ -44,6 +44,11 @@ def descriptor(x: Tensor, rows: int, block_d: int) -> Any:
     return TensorDescriptor(x, [B * H, C, D], [C * D, D, 1], [1, rows, block_d])
 
 
+def version() -> str:
+    """Of Triton."""
+    return str(triton.__version__)
+
+
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability; (0, 0) without a GPU, under Triton's interpreter."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
