@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .kmeans import kmeans
+from .places import Places
 from .splits import splits
 
 # Edge of the columns of "cubes", in frames and rows: 4 x 4 x 8 tokens are a query block, 4 x 4 x 4 a key one.
@@ -45,6 +46,7 @@ def make_blocks(
     seed: int,
     split_heads: Sequence[bool] = (),
     remember: Remember = lambda device, key, make: make(),
+    places: Places | None = None,
 ) -> tuple[Blocks, Tensor | None]:
     """Puts the tokens of x [B,H,L,D] into counts = (video, text) blocks; text blocks come last.
 
@@ -53,24 +55,27 @@ def make_blocks(
     returned as its second value, to go on from (kmeans) or to use again (splits); None: nothing. grid:
     (frames, height, width) of the video tokens. split_heads [H]: with the order "auto" and a grid, which
     heads go by splits. remember: keeps what cubes look like, which no tensor has a say in, for the next
-    call.
+    call. places: where video and text tokens lie, if not in one stretch each.
     Returns the blocks and what to carry on: for "kmeans" the centroids [B,H,C,D] float32, for heads that go
     by splits the order of their video tokens [B,heads,n] int32.
     """
     B, H, L, _ = x.shape
     n, first, device = L - num_text, num_text if text_first else 0, x.device
-    video, seen = x[:, :, first : first + n], None if valid is None else valid[:, first : first + n]
+    lies = slice(first, first + n) if places is None else places.video
+    seen = None if valid is None else valid[:, lies]
     cubic = grid is not None and (order == "cubes" or (order == "auto" and not any(split_heads)))
     ends: Tensor | None = None
     state: Tensor | None = None
     if grid is not None and cubic:
         arranged = remember(device, grid, lambda: cubes(grid, device).view(1, 1, n))
     elif order == "kmeans":
-        arranged, ends, state = kmeans(video, seen, counts[0], carried, seed)
+        arranged, ends, state = kmeans(x[:, :, lies], seen, counts[0], carried, seed)
     elif order in ("auto", "cubes", "splits"):
         everywhere = order == "splits" or grid is None
         runs = runs_of((True,) * H if everywhere else split_heads)
-        state = _split(video, seen, block, runs, carried)
+        state, shape = carried, (B, runs[-1][1].stop, n)
+        if state is None or state.shape != shape or state.device != device:
+            state = torch.cat([splits(x[:, heads, lies], seen, block).int() for heads, _ in runs], dim=1)
         if grid is None or everywhere:
             arranged = state.long()
         else:
@@ -81,8 +86,12 @@ def make_blocks(
         raise ValueError(f"unknown order {order!r}")
 
     def slots() -> Tensor:
-        text = torch.arange(num_text, device=device) + (0 if text_first else n)
-        tokens = torch.cat([arranged + first, text.expand(*arranged.shape[:2], num_text)], dim=-1)
+        if places is None:
+            text = torch.arange(num_text, device=device) + (0 if text_first else n)
+            video = arranged + first
+        else:
+            text, video = places.other, places.video[arranged]
+        tokens = torch.cat([video, text.expand(*arranged.shape[:2], num_text)], dim=-1)
         return _of_heads(tokens if valid is None else _masked_last(tokens, valid), B, H)
 
     def offsets() -> Tensor:
@@ -96,9 +105,9 @@ def make_blocks(
         of_video = of_video.expand(*of_text.shape[:2], -1)
         return _of_heads(torch.cat([of_video, of_text], dim=-1), B, H)
 
-    if not cubic or valid is not None:
+    if not cubic or valid is not None or (places is not None and places.name is None):
         return Blocks(slots(), offsets()), state
-    same = (grid, num_text, text_first, B, H)
+    same = (grid, num_text, text_first, B, H, places and places.name)
     return Blocks(remember(device, same, slots), remember(device, (*same, block), offsets)), None
 
 
@@ -114,16 +123,6 @@ def runs_of(chosen: Sequence[bool]) -> list[tuple[slice, slice]]:
             runs.append((slice(heads[0], heads[-1] + 1), slice(number, number + len(heads))))
             number += len(heads)
     return runs
-
-
-def _split(
-    x: Tensor, valid: Tensor | None, block: int, runs: list[tuple[slice, slice]], carried: Tensor | None
-) -> Tensor:
-    """Orders of the chosen heads of x [B,H,n,D]: [B,chosen,n] int32; carried, if it has that shape."""
-    shape = (x.shape[0], runs[-1][1].stop, x.shape[2])
-    if carried is not None and carried.shape == shape and carried.device == x.device:
-        return carried
-    return torch.cat([splits(x[:, heads], valid, block).int() for heads, _ in runs], dim=1)
 
 
 def _of_heads(x: Tensor, B: int, H: int) -> Tensor:

@@ -19,7 +19,8 @@ class SiteConstants(NamedTuple):
     compensate: whether centroids stand for skipped blocks. density: exact video query-key pairs over all of
     them, where the call's context says nothing else; None: as the routing finds. site: the number of the site
     in its graph. min_tokens, min_frames: of the video; a call with fewer is dense. 0 where all calls have one
-    size, so that nothing is left to check.
+    size, so that nothing is left to check. shards: the sequence is that of so many ranks end to end, each with its
+    equal share of the video and of the text (kernels/places.py).
     """
 
     scale: float | None
@@ -34,6 +35,7 @@ class SiteConstants(NamedTuple):
     site: int
     min_tokens: int = 0
     min_frames: int = 0
+    shards: int = 1
 
     def scale_of(self, query: Tensor) -> float:
         """What the logits of these queries [...,D] are multiplied by."""

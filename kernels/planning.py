@@ -15,6 +15,7 @@ from . import capture, cluster, context
 from .cluster import Blocks
 from .constants import SiteConstants
 from .dispatch import kernels_for
+from .places import of_shards
 from .plan import KEY_BLOCK, QUERY_BLOCK, Plan, block_counts
 
 
@@ -59,7 +60,11 @@ def arrange(
     recorded = capture.is_recorded(query)
     carried = (None, None) if recorded else call.carried.get(c.site, (None, None))
     split_heads = call.split_heads.get(c.site, ())
-    how = (c.num_text, c.text_first, c.order, grid, c.seed, split_heads, call.remember)
+    places = None
+    if c.shards > 1 and c.num_text > 0:
+        name = ("places", L, c.num_text, c.text_first, c.shards)
+        places = call.remember(query.device, name, lambda: of_shards(L, c, query.device))
+    how = (c.num_text, c.text_first, c.order, grid, c.seed, split_heads, call.remember, places)
     queries, query_state = cluster.make_blocks(query, None, of_queries, QUERY_BLOCK, carried[0], *how)
     keys, key_state = cluster.make_blocks(key, valid, of_keys, KEY_BLOCK, carried[1], *how)
     if query_state is not None and key_state is not None and not recorded:
