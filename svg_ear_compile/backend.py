@@ -11,12 +11,13 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._dynamo.eval_frame import innermost_fn
-from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.exc import ShortenTraceback, TorchDynamoException
 
 from . import announce, records
 from .kernels.choice import attention_kernel
@@ -53,12 +54,10 @@ def svg_ear(
     inner = _inner(resolved)
     if resolved.switch == "off":
         return inner(gm, example_inputs)
-    record = records.new_record(resolved)
+    record, graph = records.new_record(resolved), gm.graph
     try:
         plan = _apply_passes(gm, example_inputs, resolved, record)
-        compiled = inner(gm, example_inputs)
-        if plan is not None:
-            _let_go(gm)
+        compiled, plan = _compile(inner, gm, graph, example_inputs, plan, record)
     except BaseException:
         records.drop(record)
         raise
@@ -85,6 +84,35 @@ def _inner(resolved: Resolved) -> Callable[[fx.GraphModule, Sequence[Any]], Comp
     return torch._TorchCompileInductorWrapper(None, resolved.inductor_options, None)  # type: ignore[no-any-return]
 
 
+def _compile(
+    inner: Callable[[fx.GraphModule, Sequence[Any]], Compiled],
+    gm: fx.GraphModule,
+    graph: fx.Graph,
+    example_inputs: Sequence[Any],
+    plan: CallPlan | None,
+    record: GraphRecord,
+) -> tuple[Compiled, CallPlan | None]:
+    """The compiled gm, and its plan: None if the rewritten graph was rejected and `graph` put back for it."""
+    if plan is None:
+        return inner(gm, example_inputs), None
+    try:
+        return inner(gm, list(example_inputs)), plan
+    except Exception as error:
+        if _is_not_ours(error):
+            raise
+        rejected = error
+    finally:
+        _let_go(gm)
+    # Dynamo's own graph, not a copy: its placeholders know which inputs are weights.
+    gm.graph = graph
+    try:
+        compiled = inner(gm, example_inputs)  # what fails here fails with plain Inductor too
+        _give_up(record, rejected, "is compiled again as it was")
+    finally:
+        del rejected  # its traceback holds this frame, and with it the graph
+    return compiled, None
+
+
 def _apply_passes(
     gm: fx.GraphModule, example_inputs: Sequence[Any], resolved: Resolved, record: GraphRecord
 ) -> CallPlan | None:
@@ -108,23 +136,12 @@ def _apply_passes(
             plan = _call_plan(whole, example_inputs, chosen, record)
             record.kernels = _kernels(chosen, settings)
             gm.graph = rewrite(whole, sites, settings)
-    except TorchDynamoException:
-        raise  # Dynamo steers by these: restart, skip, unsupported
     except Exception as error:
-        if isinstance(error, torch.AcceleratorError):
+        if _is_not_ours(error):
             raise
-        if settings.strict:
-            names = [f"{site.index} ({site.module_path})" for site in sites if site.verdict.rewrite]
-            text = f"svg_ear: a graph was not rewritten, attention sites {', '.join(names) or 'unknown'}"
-            raise PassError(f"{text}: {error!r}") from error
-        record.failure = repr(error)
-        plan = None
-        for site in sites:
-            if site.verdict.rewrite:
-                site.verdict = Verdict(False, Reason.OUR_FAILURE, repr(error))
-        text = f"svg_ear: a graph is compiled without being rewritten, because of {error!r}"
-        warnings.warn(text, RuntimeWarning, stacklevel=2)
-        announce.log.debug(text, exc_info=True)
+        record.sites = [SiteRecord.of(site) for site in sites]
+        _give_up(record, error, "is compiled without being rewritten")
+        return None
     record.sites = [SiteRecord.of(site) for site in sites]
     return plan
 
@@ -136,6 +153,27 @@ def _kernels(sites: list[Site], settings: Settings) -> list[str]:
     kinds = dict.fromkeys((x.device, x.dtype, int(x.shape[-1])) for x in values)
     choices = [attention_kernel(*kind, variable=settings.order == "kmeans") for kind in kinds]
     return list(dict.fromkeys(c.name + (f" ({c.reason})" if c.reason else "") for c in choices))
+
+
+def _is_not_ours(error: Exception) -> bool:
+    """Dynamo steers by its exceptions: restart, skip, unsupported. After an error of the device all fails."""
+    steers = isinstance(error, TorchDynamoException) and not isinstance(error, ShortenTraceback)
+    return steers or isinstance(error, torch.AcceleratorError)
+
+
+def _give_up(record: GraphRecord, error: Exception, consequence: str) -> None:
+    """No site of the graph is rewritten, because of an error of ours: one warning. Strict raises."""
+    wanted = record.rewritten()
+    if record.resolved.settings.strict:
+        names = ", ".join(f"{site.site} ({site.module_path})" for site in wanted) or "unknown"
+        raise PassError(f"svg_ear: a graph was not rewritten, attention sites {names}: {error!r}") from error
+    record.failure, record.kernels, reason = repr(error), [], Reason.OUR_FAILURE
+    sentence = str(Verdict(False, reason, repr(error)))
+    failed = {"rewritten": False, "reason": reason.name, "sentence": sentence, "hint": reason.hint}
+    record.sites = [replace(site, **failed) if site in wanted else site for site in record.sites]
+    text = f"svg_ear: a graph {consequence}, because of {error!r}"
+    warnings.warn(text, RuntimeWarning, stacklevel=3)
+    announce.log.debug(text, exc_info=error)
 
 
 def _call_plan(
