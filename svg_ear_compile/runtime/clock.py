@@ -86,12 +86,11 @@ class ModelCalls:
         self._heard.add(graph)
         return begins
 
-    def layer(self, graph: Hashable, site: int) -> Layer:
-        """The layer of a site: numbered as layers first appear in a generation."""
-        key = (graph, site)
-        if key not in self._layers:
-            self._layers[key] = Layer(len(self._layers))
-        return self._layers[key]
+    def layer(self, place: Hashable) -> Layer:
+        """The layer at a place of the model: numbered as layers first appear in a generation."""
+        if place not in self._layers:
+            self._layers[place] = Layer(len(self._layers))
+        return self._layers[place]
 
     def release(self) -> None:
         """Frees the tensors that layers keep from step to step."""

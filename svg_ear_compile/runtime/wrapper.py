@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -83,6 +84,7 @@ class SparseCallable:
         self._grids: dict[str, Grid | None] = {}
         self._lock = threading.Lock()
         self._names = {site.site: site.module_path for site in record.sites}
+        self._places = _places(record, plan.sites)
 
     def __call__(self, *args: Any) -> Any:
         call = context.Call(
@@ -132,7 +134,7 @@ class SparseCallable:
         controller.begin(generation.step, dense_steps, num_steps)
         run = _Run(generation, calls, controller, (shape, device, stream), frozen, [])
         for site in plan.sites:
-            layer = calls.layer((id(who.layer), record.number), site)
+            layer = calls.layer((id(who.layer), self._places[site]))
             decision = controller.decide(layer, calls.branch, frozen)
             run.visits.append(_Visit(site, layer, decision))
             self._lay_out(call, run, run.visits[-1])
@@ -219,6 +221,19 @@ class SparseCallable:
         record.count(dense, run.generation.number, logs)
         for number, mask in self.plan.masks.items():
             key_padding.keep(run.calls.seen_keys, call.seen_keys, number, args, mask)
+
+
+def _places(record: GraphRecord, sites: Sequence[int]) -> dict[int, Any]:
+    """Where sites lie in the module whose graph this is: what stays when the graph is compiled again. Without module
+    paths, and where one module has several, they are counted."""
+    seen: Counter[Any] = Counter()
+    places = {}
+    for site in record.sites:
+        path = site.module_path or ("graph", record.number)
+        if site.site in sites:
+            places[site.site] = (path, seen[path])
+            seen[path] += 1
+    return places
 
 
 def _words(generation: Generation, setting: int | None, dense_steps: int) -> str:

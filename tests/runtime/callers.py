@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from svg_ear_compile.kernels import context
 from svg_ear_compile.passes.site import GraphInputs
-from svg_ear_compile.records import GraphRecord
+from svg_ear_compile.records import GraphRecord, SiteRecord
 from svg_ear_compile.runtime.key_padding import MaskSource
 from svg_ear_compile.runtime.wrapper import CallPlan, SparseCallable
 from svg_ear_compile.settings import resolve
@@ -19,6 +19,14 @@ VIDEO, ROTARY, MASK = range(3)
 SPARSE = {"dense_steps": 0, "strict": True, "density": 0.25}
 STEERED = {**SPARSE, "density": None, "target_error": 0.1, "measure_every": 1}
 AS_IT_IS = MaskSource((MASK,), "shown", sized=False)
+
+
+def site() -> SiteRecord:
+    """The site 0, at the place "attn1" of its module."""
+    return SiteRecord(
+        0, "attn1", "Attention", "self", 1, 2, 4, 16, 16, 16, 16, "float32", "none", True, "REWRITTEN", "", "", 0,
+        None, "unknown",
+    )  # fmt: skip
 
 
 class Graph:
@@ -69,7 +77,8 @@ def callable_of(
     graph, grids = Graph(), Grids()
     plan = CallPlan((0,), GraphInputs(rotary=(ROTARY,)), VIDEO, {0: 0}, {0: mask}, True, grids)
     resolved = resolve({**SPARSE, **options}, {})
-    return SparseCallable(graph, plan, resolved.settings, GraphRecord(number, resolved)), graph, grids
+    record = GraphRecord(number, resolved, [site()])
+    return SparseCallable(graph, plan, resolved.settings, record), graph, grids
 
 
 class Block(nn.Module):

@@ -12,7 +12,6 @@ from toy import calls, compiled
 from ways.wan import DENSITY_1, LAYERS, ROUNDING, arguments, blockwise, error, wan
 
 import svg_ear_compile
-from svg_ear_compile.state import layers
 
 pytestmark = [pytest.mark.usefixtures("fresh"), pytest.mark.filterwarnings("error:svg_ear")]
 
@@ -52,7 +51,6 @@ def test_lora_loaded_before_and_swapped_after(how: str) -> None:
     assert error(run(**arguments())[0], expected[1]) < ROUNDING
     assert calls() == (2, {"dense layers": 2})
     assert len(svg_ear_compile.report().graphs) == 1, "not compiled again"
-    assert len(layers) == LAYERS
 
 
 @ways
@@ -94,7 +92,7 @@ def test_group_offloading_of_blocks(how: str) -> None:
         assert error(run(**arguments(timestep))[0], dense) < ROUNDING
     assert calls() == (2, {"warm-up steps": LAYERS, "dense layers": 2})
     text = str(svg_ear_compile.report())
-    assert "the clock reads the timestep embedding" in text
+    assert "1 dense first steps, of 3" in text
     assert "3 x 16 x 16" in text, text
 
 
@@ -119,7 +117,6 @@ def test_weights_moved_between_calls() -> None:
     assert error(run(**arguments())[0], expected) < ROUNDING
     assert calls() == (2, {"dense layers": 2})
     assert len(svg_ear_compile.report().graphs) == 1
-    assert len(layers) == LAYERS
 
 
 def test_int8_weights() -> None:
