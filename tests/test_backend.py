@@ -215,7 +215,6 @@ def test_dense_steps_and_layers(toy: ToyVideo, toy_inputs: ToyInputs) -> None:
     assert calls() == (2, {"warm-up steps": 8, "dense layers": 2}), "a second generation warms up again"
 
 
-<<<<<<<
 def test_two_models_outside_of_a_pipeline_share_nothing(toy: ToyVideo, toy_inputs: ToyInputs) -> None:
     options = {**EAGER, "dense_steps": 1, "dense_layers": 1}
     early, late = compiled(toy, options), compiled(copy.deepcopy(toy), options)
@@ -223,15 +222,6 @@ def test_two_models_outside_of_a_pipeline_share_nothing(toy: ToyVideo, toy_input
     early(*toy_inputs(900))
     late(*toy_inputs(500))
     assert calls() == (1, {"warm-up steps": 4, "dense layers": 1})
-=======
-def test_two_models_warm_up_each(toy: ToyVideo, toy_inputs: ToyInputs) -> None:
-    options = {**EAGER, "dense_steps": 2}
-    one, other = compiled(toy, options), compiled(copy.deepcopy(toy), options)
-    for t in (999, 900, 500):
-        one(*toy_inputs(t))
-    other(*toy_inputs(999))
-    assert calls() == (2, {"warm-up steps": 6})
->>>>>>>
 
 
 def test_blocks_compiled_one_by_one(toy: ToyVideo, toy_inputs: ToyInputs) -> None:
@@ -242,12 +232,6 @@ def test_blocks_compiled_one_by_one(toy: ToyVideo, toy_inputs: ToyInputs) -> Non
         toy(*toy_inputs(t))
     report = svg_ear_compile.report()
     assert len(report.graphs) == 1
-<<<<<<<
-=======
-    assert calls() == (2, {"warm-up steps": 4, "dense layers": 2})
-
-
->>>>>>>
     assert report.graphs[
         0
     ].steps == "1 dense first steps; how many there are is unknown outside of a pipeline: " + (
@@ -260,20 +244,6 @@ def test_the_helper_counts(toy: ToyVideo, toy_inputs: ToyInputs) -> None:
     run = compiled(toy, {**EAGER, "dense_steps": 0.25})
     with svg_ear_compile.generation(num_steps=4, branches=2):
         for _ in range(8):
-<<<<<<<
-=======
-
-
-def test_reset_forgets_everything(toy: ToyVideo, toy_inputs: ToyInputs) -> None:
-    """The run after it is a generation of its own, which warms up again."""
-    for _ in range(2):
-        run = compiled(toy, {**EAGER, "dense_steps": 1})
-        run(*toy_inputs(999))
-        run(*toy_inputs(500))
-        assert calls() == (2, {"warm-up steps": 2})
-        torch._dynamo.reset()
-        assert not svg_ear_compile.report().graphs
->>>>>>>
             run(*toy_inputs(999))
     assert calls() == (12, {"warm-up steps": 4})
     assert "generation(num_steps=...)" in svg_ear_compile.report().graphs[0].steps
@@ -299,3 +269,14 @@ def test_nothing_refers_to_weights_after_a_call(toy: ToyVideo, toy_inputs: ToyIn
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
     run(*toy_inputs(999))
+
+
+def test_reset_forgets_everything(toy: ToyVideo, toy_inputs: ToyInputs) -> None:
+    """The run after it is a generation of its own, which warms up again."""
+    for _ in range(2):
+        run = compiled(toy, {**EAGER, "dense_steps": 1})
+        run(*toy_inputs(999))
+        run(*toy_inputs(500))
+        assert calls() == (2, {"warm-up steps": 2})
+        torch._dynamo.reset()
+        assert not svg_ear_compile.report().graphs
