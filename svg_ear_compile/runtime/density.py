@@ -4,7 +4,7 @@ One Controller for a generation and its settings. The ops measure (kernels/measu
 while the GPU goes on. What is decided at step s reads those of step s - LAG and before, and waits for them: it never
 depends on how fast anything was, nor on anything before the generation.
 
-- In the last dense steps (without any, in the first sparse ones) each layer tries in which form each head errs least
+- In the last dense steps (without any, in the first sparse one) each layer tries in which form each head errs least
   (head_variants.py), in the first branch of guidance: the choice holds for all branches and steps. Trials are spread
   over steps, so that none of them takes much longer than the others. With a target, dense steps try two densities:
   that is where the density begins (steering.py).
@@ -32,7 +32,8 @@ LAG = 1
 TRIAL = (0.15, 0.45)
 """Densities that are tried in a dense step."""
 STEPS_A_SPREAD, MOST_SPREAD = 8, 4
-"""Trials are spread over a step for so many steps of the generation, and over no more than so many."""
+"""Trials are spread over a step for so many steps of the generation, over no more than so many, and over dense ones
+only: a sparse step without forms errs two to three times as much, at the time that decides a clip's layout."""
 FEW_STEPS, OFTEN = 16, 2
 """Generations of up to so many steps are measured so often: every second call of a layer."""
 BOOST = 1.5
@@ -164,7 +165,7 @@ class Controller:
     def _try(self, decision: Decision, layer: Layer, branch: int, frozen: bool) -> Decision:
         """The decision with a trial of forms, where it is the layer's turn."""
         s = self.settings
-        spread = min(max((self._num_steps or 0) // STEPS_A_SPREAD, 1), MOST_SPREAD)
+        spread = min(max((self._num_steps or 0) // STEPS_A_SPREAD, 1), MOST_SPREAD, max(self._dense_steps, 1))
         turn = max(self._dense_steps - spread, 0) + layer.number % spread
         if frozen or branch or layer.variants.is_tried or not s.measure_every or self._step < turn:
             return decision
