@@ -269,14 +269,3 @@ def test_nothing_refers_to_weights_after_a_call(toy: ToyVideo, toy_inputs: ToyIn
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
     run(*toy_inputs(999))
-
-
-def test_reset_forgets_everything(toy: ToyVideo, toy_inputs: ToyInputs) -> None:
-    """The run after it is a generation of its own, which warms up again."""
-    for _ in range(2):
-        run = compiled(toy, {**EAGER, "dense_steps": 1})
-        run(*toy_inputs(999))
-        run(*toy_inputs(500))
-        assert calls() == (2, {"warm-up steps": 2})
-        torch._dynamo.reset()
-        assert not svg_ear_compile.report().graphs
