@@ -25,9 +25,10 @@ from torch import fx
 from .axes import Axes, Axis, axis_size
 from .axis_rules import trace_axes
 from .evidence import OTHER_TOKENS, Answer, Evidence, find_evidence
+from .graph_break_hint import break_before, is_resumed
 from .layout import is_factorised, read_layout, video_parts
 from .masks import read_mask
-from .match import Call, match
+from .match import AttentionNode, match
 from .site import Layout, Reason, Site, Verdict
 from .sizes import example, hint, is_symbolic, shape, shown
 from .sources import last_key
@@ -67,7 +68,9 @@ def pattern_of(path: str) -> str:
     return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", path) or "*"
 
 
-def _site(index: int, call: Call, axes: Axes, settings: Thresholds, example_inputs: Sequence[object]) -> Site:
+def _site(
+    index: int, call: AttentionNode, axes: Axes, settings: Thresholds, example_inputs: Sequence[object]
+) -> Site:
     q, k, v = (axes.of.get(n) for n in (call.query, call.key, call.value))
     mask, bad_mask, key_mask = read_mask(call)
     if q is None or k is None or v is None or not len(q) == len(k) == len(v) == 4:
@@ -102,19 +105,20 @@ def _site(index: int, call: Call, axes: Axes, settings: Thresholds, example_inpu
     return site
 
 
-def _other_tokens(call: Call, kind: str, axis: Axis) -> Verdict | None:
+def _other_tokens(call: AttentionNode, kind: str, axis: Axis) -> Verdict | None:
     is_other = kind == "self" and (not video_parts(axis) or OTHER_TOKENS.search(call.module_path))
     return Verdict(False, Reason.TEXT) if is_other else None
 
 
-def _lost_tokens(call: Call, tokens: Sequence[Axis]) -> Verdict:
+def _lost_tokens(call: AttentionNode, tokens: Sequence[Axis]) -> Verdict:
     names = [last_key(root) for axis in tokens if (root := axis[0][0].root) is not None]
-    if any(name.startswith("___stack") for name in names):
-        return Verdict(False, Reason.AFTER_BREAK)
+    left_by_break = any(name.startswith("___stack") for name in names)
+    if left_by_break or (is_resumed(call.node) and all(map(_is_bare, tokens))):
+        return Verdict(False, Reason.AFTER_BREAK, "", break_before(call.node))
     return Verdict(False, Reason.UNKNOWN_TOKENS, "", _advice(call, "if it is self attention over video"))
 
 
-def _no_video(call: Call, evidence: Evidence, axis: Axis) -> Verdict:
+def _no_video(call: AttentionNode, evidence: Evidence, axis: Axis) -> Verdict:
     if is_factorised(axis):
         return Verdict(False, Reason.FACTORISED, f"{axis_size(axis)} tokens")
     if evidence.answer is Answer.NOT_VIDEO:
@@ -122,7 +126,7 @@ def _no_video(call: Call, evidence: Evidence, axis: Axis) -> Verdict:
     return Verdict(False, Reason.NO_SIGN_OF_VIDEO, evidence.words, _advice(call, "if they are"))
 
 
-def _advice(call: Call, when: str) -> str:
+def _advice(call: AttentionNode, when: str) -> str:
     return f'sites="{pattern_of(call.module_path)}" rewrites it {when}'
 
 
@@ -146,7 +150,7 @@ def _is_bare(axis: Axis) -> bool:
     return len(shape(root) or ()) == 4 or _PROJECTED.fullmatch(last_key(root)) is not None
 
 
-def _obstacle(call: Call, kind: str, bad_mask: Reason | None, mask: str) -> Verdict | None:
+def _obstacle(call: AttentionNode, kind: str, bad_mask: Reason | None, mask: str) -> Verdict | None:
     """The first thing that the kernels cannot do, whatever the tokens are."""
     query, key, value, out = (example(n) for n in (call.query, call.key, call.value, call.node))
     head_dims = [hint(x.shape[3]) for x in (query, key, value)]
@@ -170,9 +174,10 @@ def _obstacle(call: Call, kind: str, bad_mask: Reason | None, mask: str) -> Verd
         (len(set(head_dims)) > 1 or head_dims[0] not in HEAD_DIMS, Reason.HEAD_DIM, f"{head_dims[0]}"),
         (bad_mask is not None, bad_mask, mask),
     ]
-    return next(
-        (Verdict(False, reason, detail) for found, reason, detail in checks if found and reason), None
-    )
+    reason, detail = next(((reason, detail) for found, reason, detail in checks if found), (None, ""))
+    if reason is None:
+        return None
+    return Verdict(False, reason, detail, call.forced_by if reason is Reason.FORCED_BACKEND else "")
 
 
 def _enough(tokens: int, least: int, evidence: Evidence, query: torch.Tensor) -> Verdict:
@@ -186,7 +191,7 @@ def _enough(tokens: int, least: int, evidence: Evidence, query: torch.Tensor) ->
     return Verdict(True, Reason.REWRITTEN, evidence.words)
 
 
-def _make(index: int, call: Call, kind: str, mask: str, verdict: Verdict, layout: Layout) -> Site:
+def _make(index: int, call: AttentionNode, kind: str, mask: str, verdict: Verdict, layout: Layout) -> Site:
     query, key = example(call.query), example(call.key)
     sizes = [*query.shape] if query is not None and query.dim() == 4 else [0, 0, 0, 0]
     k_len = key.shape[-2] if key is not None and key.dim() >= 2 else 0

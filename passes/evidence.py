@@ -24,7 +24,7 @@ from torch import fx
 
 from .axes import Atom, Axis, Part
 from .layout import is_packed_video, video_parts
-from .match import Call
+from .match import AttentionNode
 from .rotary import grid_from_rotary, is_sequence
 from .site import Layout
 from .sizes import Extent, example, is_symbolic, shape
@@ -55,7 +55,7 @@ class Evidence:
 
 
 def find_evidence(
-    call: Call, axis: Axis, layout: Layout, example_inputs: Sequence[object], video_tokens: int
+    call: AttentionNode, axis: Axis, layout: Layout, example_inputs: Sequence[object], video_tokens: int
 ) -> Evidence:
     """axis: the tokens of the query. video_tokens: how many of them are no text."""
     names = [call.module_path, *(cls.rpartition(".")[2] for cls in call.module_classes)]
@@ -105,7 +105,7 @@ def _rank(atom: Atom) -> int:
 
 
 def _from_tables(
-    call: Call, example_inputs: Sequence[object], video_tokens: int, any_length: bool
+    call: AttentionNode, example_inputs: Sequence[object], video_tokens: int, any_length: bool
 ) -> Evidence | None:
     """From the values of rotary tables among the inputs: all that the graph of a single block has."""
     places = rotary_placeholders(call.node.graph, {video_tokens})
@@ -122,12 +122,12 @@ def _from_tables(
     return None
 
 
-def _from_class(call: Call) -> Evidence | None:
+def _from_class(call: AttentionNode) -> Evidence | None:
     known = _known_class(call)
     return Evidence(Answer.VIDEO, f"diffusers' {known}") if known else None
 
 
-def _known_class(call: Call) -> str:
+def _known_class(call: AttentionNode) -> str:
     """The file of diffusers that the call stands in, if it is that of a video transformer; else ''."""
     texts = (*call.module_classes, call.source_files)
     return next((found.group(0) for text in texts if (found := VIDEO_FILE.search(text))), "")

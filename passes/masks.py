@@ -1,6 +1,6 @@
 """What does an attention mask hide? Only a mask over keys, the same for all queries, fits block lists.
 
-Models write such a mask in four ways; all of them end as the operand [B or 1, 1, 1, S] bool of our ops:
+Models write such a mask in three ways; all of them end as the operand [B or 1, 1, 1, S] bool of our ops:
 
 - as that operand itself (HunyuanVideo, Motif);
 - as an outer product, padding[:, None] & padding[None, :] (HunyuanVideo 1.5): one factor hides keys, and the
@@ -9,8 +9,7 @@ Models write such a mask in four ways; all of them end as the operand [B or 1, 1
   there (in HunyuanVideo 1.5 nobody does: they are padded text, hidden as keys in all blocks, and no part of
   the output). Nothing of size S x S is left;
 - as a bias, (1 - keep) * -10000 (Allegro), where `keep` was bool once, so that nothing but 0 and -10000 can
-  be in it: exp(-10000) is 0 in every dtype. Differs only where all keys are hidden;
-- in attention written by hand, as masked_fill or where over scores (by_hand.py), with the same difference.
+  be in it: exp(-10000) is 0 in every dtype. Differs only where all keys are hidden.
 
 A bias of any other origin keeps its site dense: it may be a relative position.
 """
@@ -23,17 +22,18 @@ import torch
 from torch import fx
 
 from .axis_moves import argument, op_name
-from .by_hand import HIDES
-from .match import Call
+from .match import AttentionNode
 from .site import KeyMask, Reason
 from .sizes import example, hint, is_tensor, shape, shown
 
+HIDES = -1e4
+"""Scores of at most this hide a key: exp(-10000) is 0 in every dtype."""
 _SAME_VALUES = {"to", "bool", "float", "half", "bfloat16", "type", "type_as", "contiguous", "clone"}
 _RESHAPES = _SAME_VALUES | {"view", "reshape", "unsqueeze", "expand"}
 _MORE_DIMENSIONS = {"unsqueeze", "view", "reshape", "expand", "repeat", "flatten", "getitem"}
 
 
-def read_mask(call: Call) -> tuple[str, Reason | None, KeyMask | None]:
+def read_mask(call: AttentionNode) -> tuple[str, Reason | None, KeyMask | None]:
     """(the mask in words, the reason why it keeps the site dense or None, what the ops get for it)."""
     if call.attn_mask is None:
         return "none", None, None
@@ -50,8 +50,8 @@ def read_mask(call: Call) -> tuple[str, Reason | None, KeyMask | None]:
             return words, Reason.MASK_FLOAT, None
         return f"key padding {words}", None, KeyMask(keep)
     if len(sizes) == 4 and sizes[1:3] == [1, 1] and sizes[0] in (1, batch) and sizes[3] == keys:
-        return f"key padding {words} bool", None, KeyMask(call.attn_mask, hides=call.mask_hides)
-    outer = None if call.mask_hides else _factors(call.attn_mask, batch, keys)
+        return f"key padding {words} bool", None, KeyMask(call.attn_mask)
+    outer = _factors(call.attn_mask, batch, keys)
     if outer is not None:
         return f"outer product of key padding {words} bool", None, outer
     if _is_frame_causal(call.attn_mask):

@@ -1,8 +1,5 @@
 """Which attention does a graph hold? Every scaled_dot_product_attention call, its arguments by name.
 
-Attention that a model writes out itself (by_hand.py) and flex_attention that is plain attention (flex.py) are
-calls of the same kind.
-
 Dynamo leaves F.scaled_dot_product_attention as one call_function node, whatever device and dtype (below AOT
 it would have become one of several device-specific ops). Two styles of calls occur in diffusers: everything
 by keyword, or query, key and value by position.
@@ -14,29 +11,22 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx
 
-from .by_hand import Written, by_hand, is_attention_like
-from .cut_off import cut_off
-from .flex import plain_flex
+from .fx_utils import SDPA, module_stack
+from .graph_break_hint import missing_attention
 from .sizes import constant, example, is_inverse_root
+from .subgraphs import nested_attention
+from .unfused_attention import unfused_attention
 
-SDPA = torch.nn.functional.scaled_dot_product_attention
 _PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-_DEFAULTS = {
-    "attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False,
-    "mask_hides": False,
-}  # fmt: skip
+_DEFAULTS = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
 # A choice that allows all of these forces nothing: it is what leaving a `with sdpa_kernel(...)` restores.
 _FREE_CHOICE = {"FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"}
-_OTHER_ATTENTION = re.compile(
-    r"flex_attention|flash_attn|sage_?attn|xformers|memory_efficient", re.IGNORECASE
-)
 
 
 @dataclass(frozen=True)
-class Call:
+class AttentionNode:
     """One attention call with normalised arguments, and the module it stands in."""
 
     node: fx.Node
@@ -48,8 +38,6 @@ class Call:
     is_causal: Any
     scale: Any
     enable_gqa: Any
-    mask_hides: bool
-    """Whether attn_mask is True where a key is hidden: written by hand only."""
     module_path: str
     """Readable, e.g. 'blocks.0.attn1'; '' in the root module."""
     module_classes: tuple[str, ...]
@@ -59,76 +47,59 @@ class Call:
     forced_backend: str
     """The SDPA backends that a `with sdpa_kernel(...)` around it allows; '' if there is none."""
 
+    @property
+    def forced_by(self) -> str:
+        """What to do about forced_backend: a setting of diffusers forces it, or the script does."""
+        by_diffusers = re.search(
+            r'attention_dispatch\.py", line \d+, in _native_(?!attention)', self.source_files
+        )
+        return 'call model.set_attention_backend("native")' if by_diffusers else ""
+
 
 @dataclass(frozen=True)
 class Matches:
-    """All attention of one graph. others: names of attention-like calls that are not SDPA. outside: of what
-    may run outside of all graphs, since this one has the rest of a block and no attention; '' if it has."""
+    """All attention of one graph. others: what is left as it is, with what to do about it. outside: of what may run
+    outside of all graphs, since this one has the rest of a block and no attention; '' if it has."""
 
-    calls: tuple[Call, ...]
+    calls: tuple[AttentionNode, ...]
     others: tuple[str, ...]
     outside: str = ""
 
 
 def match(graph: fx.Graph) -> Matches:
     """Finds every call of a graph, in order, and names what else looks like attention."""
-    calls, others, forced = [], [], ""
+    calls, others = [], []
+    forced = ""
     for node in graph.nodes:
         if node.op not in ("call_function", "call_method"):
             continue
         if node.target is SDPA:
-            calls.append(call_of(node, forced))
-        elif written := by_hand(node) or plain_flex(node):
-            calls.append(_written_call(node, written))
-        elif is_attention_like(node):
-            others.append(named("attention written by hand", node))
+            calls.append(_attention_node(node, forced))
         elif getattr(node.target, "__name__", "") == "_sdpa_kernel":
             forced = _forced(node)
-        elif name := _attention_like(node):
-            others.append(name)
-    return Matches(tuple(calls), tuple(others), "" if calls or others else cut_off(graph))
+        elif other := unfused_attention(node):
+            others.append(_named(*other, node))
+    if graph.owning_module is not None:
+        others += [_named(*nested) for nested in nested_attention(graph.owning_module)]
+    return Matches(tuple(calls), tuple(others), "" if calls or others else missing_attention(graph))
 
 
-def module_stack(node: fx.Node) -> list[tuple[str, str]]:
-    """(readable path, qualified class name) of the modules around a node, outermost first."""
-    stack = node.meta.get("nn_module_stack") or {}
-    return [
-        (readable_path(path), cls if isinstance(cls, str) else f"{cls.__module__}.{cls.__qualname__}")
-        for path, cls in stack.values()
-    ]
-
-
-def readable_path(path: str) -> str:
-    """`L['self'].__dict__['_modules']['blocks'].0.attn1` -> `blocks.0.attn1`; without a hook's reference."""
-    path = re.sub(r"^(L|G)\['\w+'\](.*\.__self__)?", "", path)
-    path = re.sub(r"(\.__dict__)?(\['_modules'\]|\._modules)", "", path)
-    return re.sub(r"\['?([^'\]]+)'?\]", r".\1", path).strip(".")
-
-
-def call_of(node: fx.Node, forced: str = "") -> Call:
+def _attention_node(node: fx.Node, forced_backend: str) -> AttentionNode:
     """The normalised arguments of an SDPA node."""
     arguments: dict[str, Any] = dict(_DEFAULTS)
     arguments.update(zip(_PARAMETERS, node.args, strict=False))
     arguments.update(node.kwargs)
-    return _call(node, arguments, forced)
-
-
-def _written_call(node: fx.Node, written: Written) -> Call:
-    return _call(node, _DEFAULTS | vars(written), "")
-
-
-def _call(node: fx.Node, arguments: dict[str, Any], forced: str) -> Call:
-    stack = module_stack(node)
     arguments["scale"] = _scale(arguments["scale"], arguments["query"])
     dropout = constant(arguments["dropout_p"])
     arguments["dropout_p"] = arguments["dropout_p"] if dropout is None else dropout
-    return Call(
+    stack = module_stack(node)
+    return AttentionNode(
         node=node,
         **arguments,
         module_path=stack[-1][0] if stack else "",
         module_classes=tuple(cls for _, cls in stack),
         source_files=node.meta.get("stack_trace") or "",
-        forced_backend=forced,
+        forced_backend=forced_backend,
     )
 
 
@@ -148,16 +119,8 @@ def _forced(node: fx.Node) -> str:
     return "" if set(names) >= _FREE_CHOICE else ", ".join(names)
 
 
-def _attention_like(node: fx.Node) -> str:
-    name = getattr(node.target, "__name__", str(node.target))
-    if "mask" in name or not _OTHER_ATTENTION.search(name):
-        return ""
-    if name == "flex_attention" and any(plain_flex(user) for user in node.users):
-        return ""
-    return named(name, node)
-
-
-def named(name: str, node: fx.Node) -> str:
-    """A call that is left as it is, with the module it stands in."""
+def _named(kind: str, advice: str, node: fx.Node) -> str:
+    """A call that is left as it is, with the module it stands in, and what to do about it."""
     stack = module_stack(node)
-    return f"{name} in {stack[-1][0]}" if stack and stack[-1][0] else name
+    where = f" in {stack[-1][0]}" if stack and stack[-1][0] else ""
+    return f"{kind}{where} ({advice})"

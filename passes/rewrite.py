@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from copy import copy
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -27,8 +26,8 @@ from torch import fx
 
 from svg_ear_compile.kernels import ops
 
-from .axis_moves import is_in_place
-from .match import Call, match
+from .fx_utils import copy_graph, remove_unused
+from .match import AttentionNode, match
 from .site import Site
 from .sizes import Extent, example, hint
 
@@ -63,27 +62,15 @@ def rewrite(gm: fx.GraphModule, sites: Sequence[Site], settings: SiteSettings) -
     return graph
 
 
-def _copied(call: Call, copies: dict[fx.Node, fx.Node]) -> Call:
+def _copied(call: AttentionNode, copies: dict[fx.Node, fx.Node]) -> AttentionNode:
     """The same call in the copy."""
     nodes = {k: copies[v] for k, v in vars(call).items() if isinstance(v, fx.Node)}
     return replace(call, **nodes)
 
 
-def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
-    """A copy (meta and Dynamo sources of placeholders included), and its node for each of the old ones."""
-    new = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
-        copies[node] = new.node_copy(node, copies.__getitem__)
-        if hasattr(node, "_dynamo_source"):
-            copies[node]._dynamo_source = node._dynamo_source
-    new._codegen = copy(graph._codegen)
-    return new, copies
-
-
 def _replace(
     graph: fx.Graph,
-    call: Call,
+    call: AttentionNode,
     site: Site,
     settings: SiteSettings,
     copies: dict[fx.Node, fx.Node],
@@ -125,8 +112,6 @@ def _replace(
             min_frames=site.min_frames,
         )
         mask = None if site.key_mask is None else _key_row(graph, copies[site.key_mask.node])
-        if mask is not None and site.key_mask is not None and site.key_mask.hides:
-            mask = _method(graph, "logical_not", mask, value=example(mask).logical_not())
         qkv = (operand(call.query), operand(call.key), operand(call.value), mask)
         value = ops.like_output(out_value)
         if settings.merge:
@@ -148,17 +133,6 @@ def _replace(
             result = _method(graph, "contiguous", result, value=out_value)
     call.node.replace_all_uses_with(result)
     remove_unused(graph, call.node)
-
-
-def remove_unused(graph: fx.Graph, node: fx.Node) -> None:
-    """Erases a node without users, and upstream of it all that only it used. What writes in place stays."""
-    if node.users or node.op not in ("call_function", "call_method") or is_in_place(node):
-        return
-    before = node.all_input_nodes
-    graph.erase_node(node)
-    for source in before:
-        if not source._erased:
-            remove_unused(graph, source)
 
 
 def _key_row(graph: fx.Graph, node: fx.Node) -> fx.Node:

@@ -40,8 +40,7 @@ class Reason(Enum):
     RANK = ("query, key and value are not [batch, heads, tokens, head_dim]", "")
     FORCED_BACKEND = (
         "the script forces an SDPA backend around it",
-        "remove torch.nn.attention.sdpa_kernel; where diffusers put it there, call "
-        'model.set_attention_backend("native")',
+        "remove the torch.nn.attention.sdpa_kernel around it",
     )
     UNKNOWN_SHAPE = ("its shapes are not known at compile time", "")
     UNKNOWN_TOKENS = (
@@ -50,7 +49,7 @@ class Reason(Enum):
     )
     AFTER_BREAK = (
         "a graph break lies between its projections and it",
-        'TORCH_LOGS=graph_breaks shows it; group offloading by offload_type="block_level" breaks no block',
+        "TORCH_LOGS=graph_breaks shows it",
     )
     FACTORISED = ("attention within single frames, or along one dimension of the video", "")
     TEXT = ("its tokens are text or conditioning, not video", "")
@@ -119,13 +118,11 @@ class Layout:
 class KeyMask:
     """Which keys are seen. node: a bool tensor of one row of keys per batch element, [B or 1, (1, (1,)) S].
 
-    zero_rows: whether the model also hides all keys from the queries at the same places. hides: whether True
-    means that a key is not seen.
+    zero_rows: whether the model also hides all keys from the queries at the same places.
     """
 
     node: fx.Node
     zero_rows: bool = False
-    hides: bool = False
 
 
 @dataclass

@@ -15,6 +15,7 @@ from svg_ear_compile.passes.inputs import read_inputs
 from svg_ear_compile.passes.match import match
 from svg_ear_compile.passes.rewrite import rewrite
 from svg_ear_compile.passes.site import GraphInputs, Site
+from svg_ear_compile.passes.subgraphs import inline_regions
 
 
 @dataclass
@@ -54,13 +55,14 @@ class Backend:
     captured: list[Captured] = field(default_factory=list)
 
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Any], **_: Any) -> Any:
-        graph, sites = gm.graph, classify(gm, self.knobs, example_inputs)
+        whole = inline_regions(gm)
+        graph, sites = whole.graph, classify(whole, self.knobs, example_inputs)
         names = [node.name for node in graph.find_nodes(op="placeholder")]
-        inputs, found = read_inputs(gm, sites), match(graph)
+        inputs, found = read_inputs(whole, sites), match(graph)
         others = (*found.others, *filter(None, [found.outside]))
         self.captured.append(Captured(gm, graph, example_inputs, sites, inputs, names, others))
         if self.rewrites:
-            gm.graph = rewrite(gm, sites, self.knobs)
+            gm.graph = rewrite(whole, sites, self.knobs)
         return self.inner(gm, example_inputs)
 
     @property

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from svg_ear_compile.kernels import context, planning, reference
 from svg_ear_compile.kernels.plan import Plan
-from svg_ear_compile.passes.match import Call, match
+from svg_ear_compile.passes.match import AttentionNode, match
 from svg_ear_compile.passes.site import Site
 
 Formula = Callable[[Tensor, Plan, float], Tensor]
@@ -87,7 +87,7 @@ class _Run(fx.Interpreter):
     def __init__(self, gm: fx.GraphModule, sites: list[Site], truth: Truth) -> None:
         super().__init__(gm, garbage_collect_values=False)
         calls = {call.node: call for call in match(gm.graph).calls}
-        self.rewritten: dict[fx.Node, tuple[Site, Call]] = {
+        self.rewritten: dict[fx.Node, tuple[Site, AttentionNode]] = {
             site.node: (site, calls[site.node]) for site in sites if site.verdict.rewrite
         }
         self.truth = truth

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
 from models.graphs import captured
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import flex_attention
 
-from svg_ear_compile.passes.match import match, readable_path
+from svg_ear_compile.passes.fx_utils import readable_path
+from svg_ear_compile.passes.match import match
 
 Q = torch.randn(1, 2, 16, 16)
 
@@ -75,16 +73,23 @@ def test_forced_backends_end_with_their_context() -> None:
 
     graph = captured(f, Q)
     assert [call.forced_backend for call in match(graph.graph).calls] == ["", "MATH, EFFICIENT_ATTENTION", ""]
-    assert graph.sites[1].verdict.reason.name == "FORCED_BACKEND"
+    verdict = graph.sites[1].verdict
+    assert verdict.reason.name == "FORCED_BACKEND"
+    assert verdict.hint == "remove the torch.nn.attention.sdpa_kernel around it"
 
 
-def test_other_attention_is_named() -> None:
-    def f(q: Tensor) -> Any:
-        return flex_attention(q, q, q, score_mod=lambda score, *_: score * 2)
+def test_a_backend_that_diffusers_forces() -> None:
+    from models.capture import capture
+    from models.tiny import build
 
-    found = match(captured(f, Q).graph)
-    assert found.calls == ()
-    assert found.others == ("flex_attention",)
+    model, arguments = build("wan")
+    model.set_attention_backend("_native_math")
+    try:
+        site = capture(model, arguments(3, 4, 6)).sites[0]
+    finally:
+        model.set_attention_backend("native")
+    assert site.verdict.reason.name == "FORCED_BACKEND"
+    assert site.verdict.hint == 'call model.set_attention_backend("native")'
 
 
 def test_nothing_to_find() -> None:
