@@ -5,17 +5,19 @@
 
 Timed from query, key, value as a model gives them ([B,L,H,D] permuted to [B,H,L,D]) to the output in the same
 layout. Dense is the fastest of cuDNN and FlashAttention (and flex_attention with --flex) in the same run,
-without a mask; where the model has one, dense with it is timed too, and ours gets it. Random data with
-cluster structure (smooth low-rank fields over the frame grid, plus noise), rotating inputs, CUDA events,
-medians. The stages are the kernel times of one profiled call; "limit" is density x dense time plus one read
-of query, key and value, and "flex lists" flex_attention over the same block lists, which drops the skipped
+without a mask; where the model has one, dense with it is timed too, and ours gets it. Random data with cluster
+structure (smooth low-rank fields over the frame grid, plus noise), rotating inputs, CUDA events around IN_A_ROW
+calls that follow each other as in a model (what the host takes to launch them counts where the GPU waits for
+it), medians. The stages are the kernel times of one profiled call; "limit" is density x dense time plus one
+read of query, key and value, and "flex lists" flex_attention over the same block lists, which drops the skipped
 blocks (video-only shapes, where its blocks and ours are the same). "extra GB" is the peak beyond query, key,
 value and the output.
 
-Presets: "default" with its cubes, "dropped" the same without compensation, "splits" and "kmeans" the same in
-another order, "first_order" with first-order terms in every head (the default has them in those that gain),
-and "svg_ear" and "svg2", the papers. k-means is timed as it is in all sparse steps but the
-first: two iterations from the centroids before; splits as in a step that makes them anew. "clustering ms" are
+Presets: "default" as a level runs, with first-order terms and splits in as many heads as choose them (FORMS);
+"cubes" without either, "dropped" that without compensation, "splits" and "kmeans" that in another order,
+"first_order" with first-order terms in every head, and "svg_ear" and "svg2", the papers. k-means is timed as it
+is in all sparse steps but the first: two iterations from the centroids before; splits as in a step that makes
+them anew, and with "default" as in one of RESPLIT steps. "clustering ms" are
 the kernels that put tokens into blocks (k-means or splits; cubes are known beforehand), and "without
 clustering ms" is the total less the time between events around them: what the call would take if clusters
 were free.
@@ -31,13 +33,14 @@ import datetime
 import functools
 import itertools
 import json
-import math
+import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from attention_checks import CHECK_ALL, CHECK_ROW, error_to_dense, error_to_plan
 from tabulate import tabulate
 from timing import clustering_time, milliseconds, stage_times
 from torch import Tensor
@@ -48,11 +51,13 @@ from video_shapes import SHAPES, Inputs, Shape, make_inputs, padding_mask
 
 from svg_ear_compile.kernels import context, ops  # noqa: F401 - registers the ops
 from svg_ear_compile.kernels.plan import KEY_BLOCK, QUERY_BLOCK, Plan
+from svg_ear_compile.runtime.head_variants import RESPLIT
 from svg_ear_compile.settings import resolve
 
 # The options that a preset of this table means. Orders are named: "auto" may differ from head to head.
 PRESETS: dict[str, dict[str, Any]] = {
-    "default": {"order": "cubes"},
+    "default": {},
+    "cubes": {"order": "cubes"},
     "dropped": {"order": "cubes", "compensate": False},
     "splits": {"order": "splits"},
     "kmeans": {"order": "kmeans"},
@@ -61,9 +66,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "svg2": {"preset": "svg2"},
 }
 
+# The shares of heads in splits and with first-order terms; "default": in the levels' runs (results/levels_*.json).
+FORMS = {"default": (0.35, 0.8), "first_order": (0.0, 1.0)}
+IN_A_ROW = 4  # calls between two events
 PEAK_BYTES = 4.3e12  # bytes per second that an H200 reads from its memory, measured
-# The joint softmax in float32 over the plan's own low-precision tensors: what is left is rounding.
-CHECK_ROW, CHECK_ALL = 0.03, 0.008
 
 
 def dense_times(inputs: Inputs, repeats: int, flex: bool) -> dict[str, float]:
@@ -73,19 +79,25 @@ def dense_times(inputs: Inputs, repeats: int, flex: bool) -> dict[str, float]:
         with sdpa_kernel(backend):
             try:
                 found[backend.name.split("_")[0].lower()] = milliseconds(
-                    lambda i: F.scaled_dot_product_attention(*inputs[i % len(inputs)]), repeats
+                    lambda i: F.scaled_dot_product_attention(*inputs[i % len(inputs)]),
+                    repeats,
+                    in_a_row=IN_A_ROW,
                 )
             except RuntimeError as error:  # not every one supports every shape
                 print(f"{backend.name}: {error}")
     if flex:
-        found["flex"] = milliseconds(lambda i: compiled_flex(*inputs[i % len(inputs)]), repeats)
+        found["flex"] = milliseconds(
+            lambda i: compiled_flex(*inputs[i % len(inputs)]), repeats, in_a_row=IN_A_ROW
+        )
     return found
 
 
 def masked_dense_time(inputs: Inputs, mask: Tensor, repeats: int) -> float:
     """Milliseconds of dense attention with the model's bool mask, as torch picks it."""
     return milliseconds(
-        lambda i: F.scaled_dot_product_attention(*inputs[i % len(inputs)], attn_mask=mask), repeats
+        lambda i: F.scaled_dot_product_attention(*inputs[i % len(inputs)], attn_mask=mask),
+        repeats,
+        in_a_row=IN_A_ROW,
     )
 
 
@@ -114,71 +126,13 @@ def flex_time(query: Tensor, plan: Plan, repeats: int) -> float:
         with torch.no_grad():
             compiled_flex(query, plan.key, plan.value, block_mask=blocks, kernel_options=tiles)
 
-    return milliseconds(call, repeats)
+    return milliseconds(call, repeats, in_a_row=IN_A_ROW)
 
 
-def error_to_plan(
-    out: Tensor, query: Tensor, plan: Plan, scale: float, heads: list[int], first_order: bool = False
-) -> tuple[float, float]:
-    """(worst row, all) relative error against the plan's joint softmax, 32 queries of each of these heads.
-
-    first_order: with the terms of kernels/first_order.py, added up token by token.
-    """
-    difference = norm = worst = 0.0
-    L, Ck = query.shape[2], plan.bias.shape[-1]
-    random = torch.Generator(query.device).manual_seed(1)
-    for head in heads:
-        slots = torch.randint(L, (32,), device=query.device, generator=random)
-        tokens = plan.query_order[0, head, slots].long()
-        blocks = torch.searchsorted(plan.query_offsets[0, head].long(), slots, right=True) - 1
-        listed = torch.arange(Ck, device=query.device) < plan.kept_count[0, head, blocks, None]
-        kept = torch.zeros(32, Ck + 1, device=query.device, dtype=torch.bool)
-        places = plan.kept_blocks[0, head, blocks].long().clamp(min=0).masked_fill(~listed, Ck)
-        kept.scatter_(1, places, True)
-        kept[:, Ck] = False  # also what masked keys, behind the last block, map to
-        key_slots = torch.arange(L, device=query.device)
-        owner = torch.searchsorted(plan.key_offsets[0, head].long(), key_slots, right=True) - 1
-        q = query[0, head, tokens].float()
-        logits = torch.cat(
-            [
-                (q @ plan.key[0, head].float().T * scale).masked_fill(~kept[:, owner], -math.inf),
-                q @ plan.key_centroids[0, head].float().T * scale + plan.bias[0, head, blocks],
-            ],
-            1,
-        )
-        values = torch.cat([plan.value[0, head], plan.value_centroids[0, head]]).float()
-        weights = logits.softmax(1)
-        expected = weights @ values
-        if first_order:
-            skipped = weights[:, L:].sum(1, keepdim=True)
-            expected += skipped * _linear(q, plan, scale, head, blocks, owner)
-        error, size = (out[0, head, tokens].float() - expected).norm(dim=1), expected.norm(dim=1)
-        worst = max(worst, (error / size).max().item())
-        difference, norm = difference + error.square().sum().item(), norm + size.square().sum().item()
-    return worst, math.sqrt(difference / norm)
-
-
-def _linear(q: Tensor, plan: Plan, scale: float, head: int, blocks: Tensor, owner: Tensor) -> Tensor:
-    """q_r^T M_i = scale sum_j p_ij / n_j sum_{t in j} q_r.(k_t - kc_j) (v_t - vc_j), i: the row's block."""
-    centers, value_centers = (x[0, head].float() for x in (plan.key_centroids, plan.value_centroids))
-    logits = plan.query_centroids[0, head, blocks].float() @ centers.T * scale + plan.bias[0, head, blocks]
-    sizes = plan.key_offsets[0, head].diff().clamp(min=1)
-    shares = logits.softmax(1).nan_to_num(0) / sizes  # NaN: nothing was skipped
-    there = owner < len(sizes)
-    owner = owner[there]
-    keys = plan.key[0, head, there].float() - centers[owner]
-    values = plan.value[0, head, there].float() - value_centers[owner]
-    return scale * (shares[:, owner] * (q @ keys.T)) @ values
-
-
-def error_to_dense(
-    out: Tensor, inputs: tuple[Tensor, Tensor, Tensor], mask: Tensor | None, rows: int = 256
-) -> float:
-    """Relative error against dense attention on some queries of every head."""
-    query, key, value = inputs
-    sample = torch.linspace(0, query.shape[2] - 1, rows, device=query.device).long()
-    dense = F.scaled_dot_product_attention(query[:, :, sample], key, value, attn_mask=mask).float()
-    return ((out[:, :, sample].float() - dense).norm() / dense.norm()).item()
+def of_heads(share: float, heads: int) -> tuple[bool, ...]:
+    """Which heads: this share of them, drawn at random, always the same; (): none."""
+    chosen = random.Random(0).sample(range(heads), round(share * heads))
+    return tuple(h in chosen for h in range(heads)) if chosen else ()
 
 
 def measure(
@@ -191,23 +145,25 @@ def measure(
         density, 0, 0,
     )  # fmt: skip
     scale, mask = shape.head_dim**-0.5, padding_mask(shape)
-    first = context.Call(strict=True)
+    splits, terms = (of_heads(share, shape.heads) for share in FORMS.get(preset, (0.0, 0.0)))
+    forms = {"split_heads": {0: splits}, "first_order": {0: terms}}
+    first = context.Call(strict=True, **forms)
     with context.active(first):
         plan = Plan(*torch.ops.svg_ear.clustered_permute(*inputs[0], mask, *constants))
     totals = first.totals[0]
-    terms = {0: (True,) * shape.heads} if preset == "first_order" else {}
-    with context.active(context.Call(strict=True, first_order=terms)):
+    with context.active(context.Call(strict=True, **forms)):
         out = torch.ops.svg_ear.attention(*inputs[0], mask, *constants)
     heads = sorted({0, shape.heads // 2, shape.heads - 1})
-    worst, overall = error_to_plan(out, inputs[0][0], plan, scale, heads, bool(terms))
+    worst, overall = error_to_plan(out, inputs[0][0], plan, scale, heads, terms)
     lists = {"flex lists ms": flex_time(inputs[0][0], plan, repeats)} if flex and not shape.text else {}
     del plan
 
     # One context per input: what is carried from call to call (k-means centroids) belongs to one input.
-    calls = [context.Call(strict=True, first_order=terms) for _ in inputs]
+    calls = [context.Call(strict=True, **forms) for _ in inputs]
+    anew = told.order == "splits"
 
     def whole(i: int) -> None:
-        if told.order == "splits":
+        if anew:
             calls[i % len(inputs)].carried.clear()  # made anew: used again, they would cost nothing
         with context.active(calls[i % len(inputs)]):
             torch.ops.svg_ear.attention(*inputs[i % len(inputs)], mask, *constants)
@@ -217,10 +173,13 @@ def measure(
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    total = milliseconds(whole, repeats)
+    total = milliseconds(whole, repeats, in_a_row=IN_A_ROW)
     memory = torch.cuda.max_memory_allocated() - before - out.nbytes
     stages = stage_times(whole)
     without = total - clustering_time(whole, repeats)
+    if any(splits):
+        anew = True
+        total += (milliseconds(whole, repeats, in_a_row=IN_A_ROW) - total) / RESPLIT
     exact, executed = (x / totals.pairs for x in totals.areas.tolist())
     flops = 4 * shape.heads * shape.length**2 * shape.head_dim
     return {

@@ -1,13 +1,13 @@
-"""What does each quality level give, with many steps and with few? Trained tiny models, one table.
+"""What does each quality level give at equal cost, with many steps and with few? Trained tiny models.
 
-    python benchmarks/levels.py [--levels high,balanced --step-counts 30,8,4 --clips 2 --json PATH]
-    python benchmarks/levels.py --model hunyuan --weights outputs/tiny_hunyuan/export
+    python benchmarks/levels.py --json benchmarks/results/levels_wan.json [--step-counts 30,8 --clips 4]
+    python benchmarks/levels.py --model hunyuan --weights outputs/tiny_hunyuan/export --json ...
 
-For each number of steps the clips (`tiny_clips.py`) are sampled densely and at every level. Densities: of the
-sparse calls, and over all calls of attention sites that may be sparse, dense ones as 1. "worst / target" is
-the largest true error of a sparse call, over all its rows (setting `audit`; --no-audit leaves it out), over
-its target: in the first two sparse steps of a layer and branch, and later, where at most 3 is promised.
-"guard": calls that ran dense because an error was beyond max_error.
+For each number of steps the clips (`tiny_clips.py`) are sampled densely, at every level with nothing else
+told, and with one fixed density without and with dense first steps: the curves that a level is compared with
+(`equal_cost.py`). A clip's cost: computed query-key pairs over those of all attention calls that may be
+sparse; dense calls count 1. Its error: the root mean square over its sparse calls of their true errors, each
+over all rows (setting `audit`), which the level's target is a promise of.
 """
 
 from __future__ import annotations
@@ -16,153 +16,157 @@ import argparse
 import json
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from error_budget import first_and_later
-from quality_curves import Times
-from tabulate import tabulate
+from equal_cost import comparison, rows_of, summary
 from tiny_clips import Clips, add_arguments, clips_of
 from torch import Tensor
 
 from svg_ear_compile import quality, report
-from svg_ear_compile.schedule import FEW_STEPS
 from svg_ear_compile.settings import QUALITY
 
-STEP_COUNTS = (30, 8, 4)
-GUARD = "error beyond max_error"
+STEP_COUNTS = (30, 8)
+WARM_UPS = (0.0, 0.1, 0.2)
+DENSITIES = (0.06, 0.1, 0.15, 0.2, 0.3, 0.45, 0.6, 0.8)
 
 
-class Row(NamedTuple):
-    """One level at one number of steps. psnr, ssim: one value a clip; psnr is infinite where all was dense.
+class Run(NamedTuple):
+    """One level, or one fixed density; lists have a value a clip.
 
-    density: of the sparse calls, None if there were none. sparse, dense: calls, the dense ones by reason.
-    worst_first, worst_later: the largest true error over its target in the first two sparse steps of a layer
-    and branch, and later; None if there were none, or not audited. splits, first_order: as in quality.py.
+    level: "": a fixed density. asked: the level's target, or the density. warm_up: of a fixed density, the
+    share of dense first steps. psnr: infinite where all was dense. error: None where nothing was sparse, or
+    not audited. density: of the sparse calls. dense: calls of all clips by reason. measured: calls that were.
     """
 
     model: str
-    level: str
     steps: int
+    level: str
+    asked: float
+    warm_up: float | None
     psnr: list[float]
     ssim: list[float]
-    density: float | None
+    cost: list[float]
+    density: list[float | None]
+    error: list[float | None]
     sparse: int
+    measured: int
     dense: dict[str, int]
-    worst_first: float | None = None
-    worst_later: float | None = None
-    splits: float = 0.0
-    first_order: float = 0.0
+
+
+class Spent(NamedTuple):
+    """Of the calls of rewritten sites so far. pairs: computed in sparse calls, a call's pairs as 1."""
+
+    pairs: float
+    sparse: int
+    dense: Counter[str]
+
+    @classmethod
+    def so_far(cls) -> Spent:
+        sites = [site for site in report().sites if site.decision.rewritten]
+        dense: Counter[str] = sum((Counter(site.dense_calls) for site in sites), Counter())
+        pairs = sum((site.measured_density or 0.0) * site.sparse_calls for site in sites)
+        return cls(pairs, sum(site.sparse_calls for site in sites), dense)
+
+    def __sub__(self, other: Spent) -> Spent:
+        return Spent(self.pairs - other.pairs, self.sparse - other.sparse, self.dense - other.dense)
 
     @property
-    def sparse_share(self) -> float:
-        return self.sparse / (self.sparse + sum(self.dense.values()))
-
-    @property
-    def density_of_all(self) -> float:
-        return 1 - self.sparse_share * (1 - (self.density or 0.0))
-
-    def expected_time(self, times: Times) -> float:
-        """Of all attention calls over dense ones, at the size of `times`.
-
-        A dense call takes as long as a dense call; a sparse one is taken to be linear in its density, and in
-        the shares of heads in splits and with first-order terms. Each layer chooses forms as measuring.py
-        has it, once where steps are few.
-        """
-        fixed, more = times.line()
-        density = self.density or 0.0
-        sparse = fixed + more * density + times.extra(density, self.splits, self.first_order)
-        choosing = times.choosing if self.steps > FEW_STEPS else times.choosing_first
-        return 1 - self.sparse_share * (1 - sparse / times.dense) + choosing / (self.steps * times.dense)
+    def cost(self) -> float:
+        dense = self.dense.total()
+        return (self.pairs + dense) / (self.sparse + dense)
 
 
 def measure(
-    clips: Clips, levels: Sequence[str], step_counts: Sequence[int], audit: bool = True
-) -> Iterator[Row]:
-    """A row as soon as it is known."""
+    clips: Clips,
+    levels: Sequence[str],
+    step_counts: Sequence[int],
+    densities: Sequence[float] = DENSITIES,
+    warm_ups: Sequence[float] = WARM_UPS,
+) -> Iterator[Run]:
+    """A run as soon as it is known."""
     for steps in step_counts:
         some = replace(clips, steps=steps)
         dense = list(some.sampled(f"dense, {steps} steps", None))
         for level in levels:
-            yield _row(some, level, dense, audit)
+            yield _run(some, dense, {"quality": level, "audit": True}, level)
+        for warm_up in warm_ups:
+            for density in densities:
+                yield _run(some, dense, {"density": density, "dense_steps": warm_up})
 
 
-def _row(clips: Clips, level: str, dense: list[Tensor], audit: bool) -> Row:
-    psnr, ssim, ratios = [], [], ([], [])
-    label, options = f"{level}, {clips.steps} steps", {"quality": level, "audit": audit}
+def _run(clips: Clips, dense: list[Tensor], options: dict[str, Any], level: str = "") -> Run:
+    asked = QUALITY[level] if level else options["density"]
+    warm_up = options.get("dense_steps")
+    run = Run(clips.model, clips.steps, level, asked, warm_up, [], [], [], [], [], 0, 0, {})
+    label = f"{level or asked}, {clips.steps} steps"
+    before, measured = Spent(0.0, 0, Counter()), 0
     for reference, clip in zip(dense, clips.sampled(label, options), strict=True):
-        psnr.append(quality.psnr(reference, clip))
-        ssim.append(quality.ssim(reference, clip))
-        audited = [c for c in report().errors() if c.true_error is not None]
-        for found, calls in zip(ratios, first_and_later(audited), strict=True):
-            found += [c.true_error / c.target for c in calls]
-    totals = report().totals()
-    density = totals["measured_density"] if totals["sparse_calls"] else None
-    return Row(
-        clips.model, level, clips.steps, psnr, ssim, density, totals["sparse_calls"], totals["dense_calls"],
-        *(max(found, default=None) for found in ratios), totals["split_share"], totals["first_order_share"],
-    )  # fmt: skip
+        run.psnr.append(quality.psnr(reference, clip))
+        run.ssim.append(quality.ssim(reference, clip))
+        calls = report().errors()
+        squares = [call.true_error**2 for call in calls if call.true_error is not None]
+        run.error.append(math.sqrt(statistics.mean(squares)) if squares else None)
+        measured += sum(call.error is not None for call in calls)
+        after = Spent.so_far()
+        own = after - before
+        run.cost.append(own.cost)
+        run.density.append(own.pairs / own.sparse if own.sparse else None)
+        before = after
+    return run._replace(sparse=before.sparse, measured=measured, dense=dict(before.dense))
 
 
-def table(rows: Sequence[Row], times: Times | None = None, style: str = "simple") -> str:
-    """times: of attention calls at a real size, for the last column."""
-    head = [
-        "model", "level", "steps", "PSNR dB", "worst", "SSIM", "density", "of all calls", "dense calls, why",
-        "worst / target, first 2 sparse steps", "later", "guard",
-    ]  # fmt: skip
-    cells = [
-        [
-            r.model, r.level, r.steps, statistics.mean(r.psnr), min(r.psnr), statistics.mean(r.ssim),
-            r.density, r.density_of_all, _why(r), r.worst_first, r.worst_later, r.dense.get(GUARD, 0),
-        ]
-        for r in rows
-    ]  # fmt: skip
-    if times is not None:
-        head.append("attention time of dense, expected")
-        cells = [[*cell, row.expected_time(times)] for cell, row in zip(cells, rows, strict=True)]
-    formats = ("", "", "", ".2f", ".2f", ".4f", ".3f", ".3f", "", ".2f", ".2f", "", ".2f")
-    return tabulate(cells, head, tablefmt=style, floatfmt=formats, missingval="-")
-
-
-def _why(row: Row) -> str:
-    """40%: 20% warm-up steps, ..."""
-    calls = row.sparse + sum(row.dense.values())
-    reasons = sorted(row.dense.items(), key=lambda item: -item[1])
-    return f"{1 - row.sparse_share:.0%}: " + ", ".join(f"{n / calls:.0%} {why}" for why, n in reasons)
-
-
-def write(rows: Sequence[Row], path: Path, told: dict[str, Any]) -> None:
+def write(runs: Sequence[Run], path: Path, told: dict[str, Any]) -> None:
+    """A run a line, numbers with five digits."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    saved = [{**r._asdict(), "psnr": [p if math.isfinite(p) else None for p in r.psnr]} for r in rows]
-    path.write_text(json.dumps({**told, "rows": saved}, indent=1) + "\n")
+    lines = ",\n".join(json.dumps(_short(run._asdict())) for run in runs)
+    path.write_text(f'{json.dumps(told)[:-1]}, "runs": [\n{lines}\n]}}\n')
 
 
-def read(told: dict[str, Any]) -> list[Row]:
-    """The rows of what write() wrote. Earlier files have one worst call of all steps: it is left out."""
-    rows = [{name: value for name, value in row.items() if name != "worst"} for row in told["rows"]]
-    return [Row(**{**r, "psnr": [math.inf if p is None else p for p in r["psnr"]]}) for r in rows]
+def _short(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _short(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_short(item) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.5g}") if math.isfinite(value) else None
+    return value
+
+
+def read(told: dict[str, Any]) -> list[Run]:
+    """The runs of what write() wrote."""
+    return [
+        Run(**{**run, "psnr": [math.inf if p is None else p for p in run["psnr"]]}) for run in told["runs"]
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--levels", type=lambda text: text.split(","), default=list(QUALITY))
-    parser.add_argument(
-        "--step-counts", type=lambda text: [int(n) for n in text.split(",")], default=list(STEP_COUNTS)
-    )
-    parser.add_argument("--audit", action=argparse.BooleanOptionalAction, default=True)
+
+    def numbers(kind: type) -> Any:
+        return lambda text: [kind(part) for part in text.split(",") if part]
+
+    parser.add_argument("--levels", type=numbers(str), default=list(QUALITY))
+    parser.add_argument("--step-counts", type=numbers(int), default=list(STEP_COUNTS))
+    parser.add_argument("--densities", type=numbers(float), default=list(DENSITIES))
+    parser.add_argument("--warm-ups", type=numbers(float), default=list(WARM_UPS))
+    parser.add_argument("--before", type=Path, help="a file that --json wrote: the levels as they were")
     parser.add_argument("--json", type=Path)
     add_arguments(parser)
-    arguments = parser.parse_args(argv)
-    clips, rows = clips_of(arguments), []
-    for row in measure(clips, arguments.levels, arguments.step_counts, arguments.audit):
-        rows.append(row)
-        if arguments.json is not None:
-            write(rows, arguments.json, clips.told())
-    print(table(rows))
+    told = parser.parse_args(argv)
+    clips, runs = clips_of(told), []
+    for run in measure(clips, told.levels, told.step_counts, told.densities, told.warm_ups):
+        runs.append(run)
+        if told.json is not None:  # what is cut short has not been in vain
+            write(runs, told.json, clips.told())
+    before = read(json.loads(told.before.read_text())) if told.before else []
+    rows = rows_of(runs, before)
+    print(comparison(rows), summary(rows), sep="\n\n")
 
 
 if __name__ == "__main__":

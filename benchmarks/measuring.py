@@ -2,20 +2,24 @@
 
     python benchmarks/measuring.py [--shapes wan,hunyuan,cogvideox --density .25 --json PATH]
 
-Medians of CUDA events around one call, all kinds of calls in turns: a GPU that gets warm gets slower.
-"measured": with the error on 64 rows of each head. "choosing": with a trial as `control.py` asks for it, all
-orders with and without first-order terms: of two densities in a dense call, of one in a sparse call; each
-happens once in a generation, and "choosing ms" is what both add. "of a generation": what all of that adds to
-the attention time of 50 steps, of which 10 are dense and the others sparse and measured as by default.
-"error" and "tried": what the measured call and the trial of the very form say of one error, from different
-rows: they should agree to some 10%. `quality_plot.py` adds what choosing costs to the times of attention.py.
+Medians of CUDA events around one call, all kinds of calls in turns: a GPU that gets warm gets slower. "measured":
+with the error on a sample of each head's rows. "choosing": with a trial of all orders, with and without first-order
+terms, of two densities in a dense call or one in a sparse call; a layer makes one of them in a generation, and
+"choosing ms" is what the dense one adds. "of a generation": what all of that adds to the attention time of STEPS
+steps with two calls for guidance, by the calls that the controller asks for in a model of LAYERS layers, whose
+errors meet the target at DENSITY and fall as exp(-RATE density). "choosing", "measuring": its two parts. "longest
+step": over one in which nothing is measured. "error" and "tried": what the measured call and the trial of the very
+form say of one error, from different rows: they should agree to some 10%. `quality_plot.py` adds what choosing
+costs to the times of attention.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,29 +30,76 @@ from timing import milliseconds
 from tqdm import tqdm
 from video_shapes import SHAPES, Inputs, Shape, make_inputs, padding_mask
 
-from svg_ear_compile.control import AIM, TRIAL, Control
-from svg_ear_compile.forms import ORDERS
 from svg_ear_compile.kernels import context, ops  # noqa: F401 - registers the ops
+from svg_ear_compile.runtime.density import TRIAL, CallLog, Controller, Decision
+from svg_ear_compile.runtime.head_variants import ORDERS
+from svg_ear_compile.runtime.layers import Layer
+from svg_ear_compile.runtime.readback import Sums
 from svg_ear_compile.settings import Settings
 
-STEPS, DENSE_STEPS, WARM_UP = 50, 10, 2
+STEPS, LAYERS, BRANCHES, WARM_UP = 50, 40, 2, 2
+DENSITY, RATE = 0.25, 5.0
+PLAIN_DENSE, CHOOSING_DENSE, PLAIN, MEASURED, CHOOSING = KINDS = (
+    "dense ms", "choosing, dense ms", "sparse ms", "measured ms", "choosing, sparse ms",
+)  # fmt: skip
 
 
-def measured_calls() -> int:
-    """How many sparse calls of a layer in a generation are measured, if its error is what is aimed at."""
-    told = Settings(first_order=False)
-    control, error = Control(told), AIM * (told.target_error or 0.0)
-    for step in range(DENSE_STEPS, STEPS):
-        decision = control.decide(step, num_steps=STEPS)
-        sums = torch.tensor([error**2, 1.0]).view(1, 2, 1, 1)
-        control.ran(step, decision, None if decision.measure is None else sums)
-    return sum(step.sums is not None for step in control.steps)
+def calls_of_a_generation() -> list[Counter[str]]:
+    """Of each step: how many calls of each of KINDS the controller asks for."""
+    told = Settings()
+    dense = round(told.dense_steps * STEPS) if isinstance(told.dense_steps, float) else told.dense_steps
+    controller, layers = Controller(told, can_split=True), [Layer(number) for number in range(LAYERS)]
+    steps = []
+    for step in range(STEPS):
+        controller.begin(step, dense, STEPS)
+        steps.append(Counter[str]())
+        for branch in range(BRANCHES):
+            for layer in layers:
+                decision = controller.decide(layer, branch)
+                steps[-1][_kind(decision.dense, decision.measure)] += 1
+                log = CallLog(
+                    0, 0, layer.number, branch, step, decision, _sums(decision, told.target_error or 0.0)
+                )
+                controller.ran(layer, log)
+    return steps
+
+
+def _sums(decision: Decision, target: float) -> Sums | None:
+    """What the ops would have measured in a call."""
+    if decision.measure is None:
+        return None
+    own = [] if decision.density is None else [decision.density]
+    tried = [d for _ in decision.orders or ("",) for d in decision.measure for _ in range(1 + decision.terms)]
+    errors = [target * math.exp(RATE * (DENSITY - d)) for d in own + tried]
+    return Sums(torch.tensor([[error**2, 1.0] for error in errors])[..., None, None])
+
+
+def _kind(dense: str, measure: Sequence[float] | None) -> str:
+    if dense:
+        return CHOOSING_DENSE if measure else PLAIN_DENSE
+    return PLAIN if measure is None else CHOOSING if measure else MEASURED
+
+
+def of_a_generation(times: dict[str, float], steps: Sequence[Counter[str]]) -> dict[str, float]:
+    """What choosing and measuring add, as shares of the attention time without them."""
+    plain = {CHOOSING_DENSE: PLAIN_DENSE, MEASURED: PLAIN, CHOOSING: PLAIN}
+
+    def time(step: Counter[str], without: bool) -> float:
+        return sum(count * times[plain.get(kind, kind) if without else kind] for kind, count in step.items())
+
+    least = [time(step, without=True) for step in steps]
+    measured = sum(step[MEASURED] for step in steps) * (times[MEASURED] - times[PLAIN]) / sum(least)
+    added = sum(time(step, without=False) for step in steps) / sum(least) - 1
+    longest = max(time(step, without=False) / plain for step, plain in zip(steps, least, strict=True))
+    return {
+        "of a generation": added, "choosing": added - measured, "measuring": measured, "longest step": longest,
+    }  # fmt: skip
 
 
 def measure(shape: Shape, inputs: Inputs, density: float, repeats: int) -> dict[str, Any]:
-    told, fixed = Settings(), {}
+    routing, fixed = Settings().routing, {}
     constants = (
-        None, shape.text, shape.text_first, list(shape.grid), "auto", told.routing, True, density, 0, 0,
+        None, shape.text, shape.text_first, list(shape.grid), "auto", routing, True, density, 0, 0,
     )  # fmt: skip
     mask = padding_mask(shape)
     measured: dict[str, torch.Tensor] = {}
@@ -70,24 +121,21 @@ def measure(shape: Shape, inputs: Inputs, density: float, repeats: int) -> dict[
         return found
 
     kinds = {
-        "dense ms": (None, True),
-        "choosing, dense ms": (context.Measure(1, TRIAL, ORDERS, True), True),
-        "sparse ms": (None, False),
-        "measured ms": (context.Measure(1), False),
-        "choosing, sparse ms": (context.Measure(1, (density,), ORDERS, True), False),
+        PLAIN_DENSE: (None, True),
+        CHOOSING_DENSE: (context.Measure(1, TRIAL, ORDERS, True), True),
+        PLAIN: (None, False),
+        MEASURED: (context.Measure(1), False),
+        CHOOSING: (context.Measure(1, (density,), ORDERS, True), False),
     }
     rounds = [[time(i, name, *kind) for name, kind in kinds.items()] for i in range(WARM_UP + repeats)]
     medians = map(statistics.median, zip(*rounds[WARM_UP:], strict=True))
     times = dict(zip(kinds, medians, strict=True))
-    dense, chosen, sparse, own, again = times.values()
-    sparse_calls = STEPS - DENSE_STEPS
-    more = chosen - dense + again - own + measured_calls() * (own - sparse)
-    lost, whole = measured["choosing, sparse ms"][:2].sum((2, 3)).T
+    lost, whole = measured[CHOOSING][:2].sum((2, 3)).T
     errors = (lost / whole).sqrt()
     return {
         "shape": shape.name, "heads": shape.heads, "density": density, **times,
-        "choosing ms": chosen - dense + again - own,
-        "of a generation": more / (DENSE_STEPS * dense + sparse_calls * sparse),
+        "choosing ms": times[CHOOSING_DENSE] - times[PLAIN_DENSE],
+        **of_a_generation(times, calls_of_a_generation()),
         "error": errors[0].item(), "tried": errors[1].item(),
     }  # fmt: skip
 

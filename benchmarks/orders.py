@@ -10,7 +10,7 @@ against exact attention (`kernels/measure.py`). Printed are geometric means over
 first, which is dense by default.
 
     cubes, splits, kmeans   all heads alike; with +: and with first-order terms
-    chosen                  each head by the controller's rule (`control.choose`), tried at the first level on
+    chosen                  each head by the controller's rule (`head_variants.best`), tried at the first level on
                             other rows; chosen again: tried at the level before
     by head                 each head as errs least on the measured rows: what no choice of heads can beat
     splits of S             splits by the orders made at level S, over splits made anew
@@ -38,10 +38,10 @@ from torch.overrides import TorchFunctionMode
 
 from svg_ear_compile import tiny_wan
 from svg_ear_compile.cli import size_argument
-from svg_ear_compile.control import TRIAL
-from svg_ear_compile.forms import ORDERS, choose, losses_of
 from svg_ear_compile.kernels import context, measure, planning
 from svg_ear_compile.kernels.constants import SiteConstants
+from svg_ear_compile.runtime.density import TRIAL
+from svg_ear_compile.runtime.head_variants import ORDERS, best, losses
 
 sys.path.append(str(Path(__file__).parents[1] / "examples" / "tiny_wan"))
 from kinds import KINDS, PATCH
@@ -121,16 +121,16 @@ class Layer:
         with context.active(context.Call(carried={} if carried is None else carried)):
             plan = planning.make_plan(self.query, self.key, self.value, self.mask, c)
         tokens, exact = drawn
-        return measure.planned_error(self.query, plan, exact, tokens, c.scale_of(self.query), terms).sum(2)
+        return measure.planned_errors(self.query, [plan], exact, tokens, c.scale_of(self.query), terms).sum(2)
 
     def choice(self) -> tuple[Tensor, Tensor]:
-        """(order, form) of each head after a trial of a dense call (`control.py`)."""
+        """(order, form) of each head after a trial of a dense call (`density.py`)."""
         drawn = self.draw(measure.count(self.query, trial=True), SEED)
         of_orders = [
             torch.stack([self.sums(drawn, order, density, terms=True) for density in TRIAL])
             for order in ORDERS
         ]
-        return choose(losses_of(torch.stack(of_orders)[..., None, :].double()))
+        return best(losses(torch.stack(of_orders)[..., None, :].double()))
 
 
 def error(sums: Tensor) -> float:
@@ -158,13 +158,13 @@ def compare(
                 forms = torch.stack([cubes, splits])  # [orders,forms,2,H]
                 heads = torch.arange(forms.shape[-1])
                 first, before = choices[number][0], choices[number][max(len(choices[number]) - 2, 0)]
-                best = forms[:, :, 0].flatten(0, 1).argmin(0)
+                least = forms[:, :, 0].flatten(0, 1).argmin(0)
                 errors = {"cubes": error(cubes[0]), "splits": error(splits[0])}
                 errors["kmeans"] = error(layer.sums(drawn, "kmeans", density)[0])
                 errors |= {"cubes +": error(cubes[1]), "splits +": error(splits[1])}
                 errors["chosen"] = error(forms[first[0], first[1], :, heads].mT)
                 errors["chosen again"] = error(forms[before[0], before[1], :, heads].mT)
-                errors["by head"] = error(forms.flatten(0, 1)[best, :, heads].mT)
+                errors["by head"] = error(forms.flatten(0, 1)[least, :, heads].mT)
                 for old in noise[: noise.index(level)]:
                     again = layer.sums(drawn, "splits", density, dict(made[old, number]))
                     errors[f"splits of {old:g}"] = error(again[0]) / errors["splits"]

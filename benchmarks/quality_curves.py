@@ -15,16 +15,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from quality import Row
 
-from svg_ear_compile.control import RESPLIT
+from svg_ear_compile.runtime.head_variants import RESPLIT
 
 SHAPE = "Wan 14B 720p"
 PRESET_OF = {
-    "default": "default",
-    "default, centroids only": "default",
-    "default, centroids and cubes only": "default",
+    "default": "cubes",
+    "default, centroids only": "cubes",
+    "default, centroids and cubes only": "cubes",
     "default, skipped blocks dropped": "dropped",
     "svg_ear": "svg_ear",
     "svg2": "svg2",
+    "svg_ear, released budget": "svg_ear",
+    "svg2, released budget": "svg2",
 }
 """The preset of attention.py that takes a run's time, but for the forms of its heads: see Times.extra."""
 CHOOSING = ("default", "default, centroids only")
@@ -47,13 +49,11 @@ class Times:
         measuring: Sequence[dict[str, Any]] = (),
         sparse_calls: int = 1,
     ) -> None:
-        """measuring: records of measuring.py; sparse_calls: of a layer in one generation.
+        """measuring: records of measuring.py; sparse_calls: of a layer in one generation, in all branches.
 
-        choosing, choosing_first: milliseconds of both choices of a generation, and of the first.
+        choosing: milliseconds in which a layer chooses the forms of its heads, once in a generation.
         """
-        told = [r for r in measuring if r["shape"] == SHAPE]
-        self.choosing: float = sum(r["choosing ms"] for r in told)
-        self.choosing_first: float = sum(r["choosing, dense ms"] - r["dense ms"] for r in told)
+        self.choosing: float = sum(r["choosing ms"] for r in measuring if r["shape"] == SHAPE)
         self._sparse_calls = sparse_calls
         of_shape = [r for r in records if r["shape"] == SHAPE]
         if not of_shape:
@@ -63,7 +63,7 @@ class Times:
         for r in of_shape:
             if not isinstance(r["speed-up"], str):
                 point = (r["exact"], r["total ms"], r.get("without clustering ms", r["total ms"]))
-                self._points.setdefault(r.get("preset", "default"), []).append(point)
+                self._points.setdefault(r["preset"], []).append(point)
         for points in self._points.values():
             points.sort()
 
@@ -84,7 +84,7 @@ class Times:
         return time + chosen + self.extra(row.density, row.splits, row.first_order, free)
 
     def extra(self, density: float, splits: float, first_order: float, free: bool = False) -> float:
-        """What the shares of heads in splits and with first-order terms add to the default's time, from
+        """What the shares of heads in splits and with first-order terms add to the time of cubes, from
         calls in which all heads are so; with splits that are made in one call of RESPLIT, as they are."""
 
         def at(preset: str, column: int) -> float:
@@ -94,16 +94,10 @@ class Times:
         found = 0.0
         if splits:
             anew, again = at("splits", 2 if free else 1), at("splits", 2)
-            found += splits * (again + (anew - again) / RESPLIT - at("default", 2 if free else 1))
+            found += splits * (again + (anew - again) / RESPLIT - at("cubes", 2 if free else 1))
         if first_order:
-            found += first_order * (at("first_order", 1) - at("default", 1))
+            found += first_order * (at("first_order", 1) - at("cubes", 1))
         return found
-
-    def line(self) -> tuple[float, float]:
-        """(ms at density 0, more ms for each unit of density) of the default, by least squares."""
-        densities, times, _ = zip(*self._points["default"], strict=True)
-        more, fixed = np.polyfit(densities, times, 1)
-        return float(fixed), float(more)
 
 
 class Spread(NamedTuple):
@@ -125,8 +119,8 @@ def curve(rows: Sequence[Row], times: Times, free: bool = False) -> Curve:
 
 
 def compared(rows: Sequence[Row]) -> list[Row]:
-    """Those of densities LOW to HIGH."""
-    return [r for r in rows if LOW - NEAR <= r.asked <= HIGH + NEAR]
+    """Those of densities LOW to HIGH, and those that found theirs."""
+    return [r for r in rows if r.asked is None or LOW - NEAR <= r.asked <= HIGH + NEAR]
 
 
 def gain_at_equal_time(ours: Curve, theirs: Curve) -> Spread | None:
@@ -152,8 +146,8 @@ def _rising(points: Curve) -> Curve:
 
 
 def _over_common(axis: int, ours: Curve, theirs: Curve, compare: Any) -> Spread | None:
-    """Interpolates along an axis (0: time, 1: dB) over the range that both cover."""
-    if len(ours) < 2 or len(theirs) < 2:
+    """Interpolates along an axis (0: time, 1: dB) over the range that both cover: theirs may be one point."""
+    if len(ours) < 2 or not theirs:
         return None
     low = max(min(p[axis] for p in c) for c in (ours, theirs))
     high = min(max(p[axis] for p in c) for c in (ours, theirs))

@@ -1,12 +1,11 @@
-"""The picture and the tables of docs/QUALITY.md, from what quality.py, levels.py and attention.py wrote.
+"""The picture and the tables of methods in docs/QUALITY.md, from what quality.py and attention.py wrote.
 
-    python benchmarks/quality_plot.py --quality benchmarks/results/quality_*.json \
-        --levels benchmarks/results/levels_*.json --attention benchmarks/results/attention_presets.json \
-        --measuring benchmarks/results/measuring.json --png docs/quality.png --page docs/QUALITY.md
+    python benchmarks/quality_plot.py --quality benchmarks/results/quality_{wan,hunyuan,cogvideox}.json \
+        --attention benchmarks/results/attention_presets.json --measuring benchmarks/results/measuring.json \
+        --png docs/quality.png --page docs/QUALITY.md
 
-The first table and the comparison go between the page's two lines `<!-- measured -->`, the levels between its
-two lines `<!-- levels -->`. The picture: one column a model; PSNR against the measured density above, against
-the time of one attention call (quality_curves.py) below.
+The tables go between the page's two lines `<!-- measured -->`. The picture: one column a model; PSNR against the
+measured density above, against the time of one attention call (quality_curves.py) below.
 """
 
 from __future__ import annotations
@@ -18,23 +17,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import levels
 import matplotlib
-from quality import DENSE_STEPS, RUNS, Row
+from quality import DENSE_STEPS, RELEASED, RUNS, Row
 from quality_curves import SHAPE, Spread, Times, compared, curve, gain_at_equal_time, time_at_equal_quality
 from tabulate import tabulate
-
-from svg_ear_compile.schedule import dense_count
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-OURS, THEIRS = "default", ("svg_ear", "svg2")
+OURS, THEIRS = "default", ("svg_ear", "svg2", *RELEASED)
+BRANCHES = 2
+"""Calls of a layer in a step: guidance."""
 
 
 def table(rows: Sequence[Row], times: Times) -> str:
     head = (
-        "model", "run", "density", "PSNR dB", "worst", "SSIM", "VMAF", "error", "ms a call", "of dense",
+        "model", "run", "density", "PSNR dB", "worst", "SSIM", "error", "ms a call", "of dense",
         "clusters free",
     )  # fmt: skip
     cells = []
@@ -44,10 +42,10 @@ def table(rows: Sequence[Row], times: Times) -> str:
         cells.append(
             (
                 r.model, r.name, r.density, statistics.mean(r.psnr), min(r.psnr), statistics.mean(r.ssim),
-                statistics.mean(r.vmaf), r.error, call, of_dense, free,
+                r.error, call, of_dense, free,
             )
         )  # fmt: skip
-    formats = ("", "", ".3f", ".2f", ".2f", ".4f", ".1f", ".4f", ".1f", ".2f", ".1f")
+    formats = ("", "", ".3f", ".2f", ".2f", ".4f", ".4f", ".1f", ".2f", ".1f")
     return tabulate(cells, head, tablefmt="github", floatfmt=formats, missingval="-")
 
 
@@ -59,7 +57,7 @@ def comparison(rows: Sequence[Row], times: Times) -> str:
             for free in (False, True):
                 of = {name: [r for r in rows if (r.model, r.name) == (model, name)] for name in (OURS, run)}
                 ours, theirs = (curve(x, times, free) for x in (of[OURS], compared(of[run])))
-                known = len(ours) > 1 and len(theirs) > 1
+                known = len(ours) > 1 and len(theirs) > 0
                 cells.append(
                     (
                         model, run, "free" if free else "counted",
@@ -83,7 +81,7 @@ def picture(rows: Sequence[Row], times: Times, path: Path) -> None:
     )  # fmt: skip
     shown: dict[str, Any] = {}
     for (above, below), model in zip(axes.T, names, strict=True):
-        for number, run in enumerate(RUNS):
+        for number, run in enumerate((*RUNS, *RELEASED)):
             points = sorted((r for r in rows if (r.model, r.name) == (model, run)), key=lambda r: r.density)
             decibels = [statistics.mean(r.psnr) for r in points]
             color = f"C{number}"
@@ -131,7 +129,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quality", type=Path, nargs="+", required=True)
-    parser.add_argument("--levels", type=Path, nargs="*", default=[])
     parser.add_argument("--attention", type=Path, required=True)
     parser.add_argument("--measuring", type=Path, required=True)
     parser.add_argument("--png", type=Path, required=True)
@@ -140,30 +137,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     attention, measuring = _read([arguments.attention, arguments.measuring])
     told = _read(arguments.quality)
     steps = told[0]["settings"]["steps"]
-    sparse = steps - dense_count(DENSE_STEPS, steps)
+    sparse = BRANCHES * (steps - round(DENSE_STEPS * steps))
     times = Times(attention["records"], measuring["records"], sparse)
     rows = [Row(**row) for t in told for row in sorted(t["rows"], key=_place)]
     picture(rows, times, arguments.png)
     timed = (
         f"Attention time: one call at {SHAPE}, {attention['run']['device']}, dense {times.dense:.1f} ms. "
-        f"Choosing forms takes {times.choosing:.0f} ms of a layer and branch in a generation, spread over "
-        f"{sparse} sparse calls."
+        f"Choosing forms takes {times.choosing:.0f} ms of a layer in a generation, spread over {sparse} sparse calls."
     )
     shown = f"![PSNR against density, and against the time of an attention call]({arguments.png.name})"
     measured = "\n\n".join([how(told), timed, table(rows, times), comparison(rows, times), shown])
-    page = between(arguments.page.read_text(), "<!-- measured -->", measured)
-    if arguments.levels:
-        told = _read(arguments.levels)
-        steered = levels.table([row for t in told for row in levels.read(t)], times, "github")
-        for t in told:
-            del t["settings"]["steps"]  # a column of the table
-        page = between(page, "<!-- levels -->", f"{how(told)}\n\n{steered}")
-    arguments.page.write_text(page)
+    arguments.page.write_text(between(arguments.page.read_text(), "<!-- measured -->", measured))
 
 
 def _place(row: dict[str, Any]) -> tuple[float, int]:
-    """In the table of a model: the largest density first, then as in RUNS."""
-    return -row["asked"], list(RUNS).index(row["name"])
+    """In the table of a model: the largest density first, then as in RUNS; at last those that found theirs."""
+    return -(row["asked"] or 0.0), [*RUNS, *RELEASED].index(row["name"])
 
 
 def _read(paths: Sequence[Path]) -> list[dict[str, Any]]:

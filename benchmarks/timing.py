@@ -16,16 +16,20 @@ from svg_ear_compile.kernels import cluster
 STAGES = {"permute ms": ("gather_kernel",), "probe ms": ("probe_kernel",), "attend ms": ("attention",)}
 
 
-def milliseconds(call: Callable[[int], Any], repeats: int, warmup: int = 1) -> float:
-    """Median of CUDA-event times; call gets the number of the run."""
+def milliseconds(call: Callable[[int], Any], repeats: int, warmup: int = 1, in_a_row: int = 1) -> float:
+    """Median of CUDA-event times; call gets the number of the run.
+
+    in_a_row: so many calls follow each other without waiting, as in a model; the time is of one of them.
+    """
     times = []
     for i in range(warmup + repeats):
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        call(i)
+        for k in range(in_a_row):
+            call(i * in_a_row + k)
         stop.record()
         stop.synchronize()
-        times.append(start.elapsed_time(stop))
+        times.append(start.elapsed_time(stop) / in_a_row)
     return sorted(times[warmup:])[repeats // 2]
 
 

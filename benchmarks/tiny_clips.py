@@ -1,8 +1,9 @@
 """How is a clip of a trained tiny model sampled, densely or sparsely?
 
-The Wan model's weights ship with the package; `examples/tiny_wan/train.py --model hunyuan` (or cogvideox)
-trains the others. All runs of a model see the same noise, weights and steps; clip i has seed i and prompt i
-of PROMPTS, which start again after the last.
+By the model's own pipeline of diffusers (`tiny_pipelines.py`), and the backend is told nothing of it: what a
+user gets. The Wan model's weights ship with the package; `examples/tiny_wan/train.py --model hunyuan` (or
+cogvideox) trains the others. All runs of a model see the same noise, weights and steps; clip i has seed i and
+prompt i of PROMPTS, which start again after the last.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tiny_pipelines import generate, pipeline
 from torch import Tensor
-from tqdm import tqdm
 
-from svg_ear_compile import generation, tiny_wan
+from svg_ear_compile import tiny_wan
 from svg_ear_compile.cli import size_argument
 
 sys.path.append(str(Path(__file__).parents[1] / "examples" / "tiny_wan"))
@@ -27,8 +28,7 @@ from kinds import KINDS, compile_blocks
 
 PROMPTS = (
     "a plain blue disc moving right, over the flower photo panning up",
-    "a striped red star moving left in front of a plain yellow square moving right, "
-    "over the cat photo panning up",
+    "a striped red star moving left in front of a plain yellow square moving right, over the cat photo panning up",
     "a plain red square moving right, over the rocket photo panning left",
     "a dotted white ring moving down, over the astronaut photo panning right",
     "a plain green triangle moving up-left, over the coffee photo panning down",
@@ -53,8 +53,7 @@ class Clips:
     def __post_init__(self) -> None:
         if self.weights is None and self.model != "wan":
             raise ValueError(
-                f"--weights: the folder of a trained {self.model} "
-                f"(examples/tiny_wan/train.py --model {self.model})"
+                f"--weights: the folder of a trained {self.model} (examples/tiny_wan/train.py --model {self.model})"
             )
 
     def sampled(self, label: str, options: dict[str, Any] | None) -> Iterator[Tensor]:
@@ -69,19 +68,14 @@ class Clips:
         if options is None:
             compile_blocks(network, backend=self.inner, fullgraph=True)
         else:
-            shared = {"min_tokens": 1, "num_steps": self.steps, "inner": self.inner, "strict": True}
+            shared = {"min_tokens": 1, "inner": self.inner, "strict": True}
             compile_blocks(network, backend="svg_ear", fullgraph=True, options={**shared, **options})
+        pipe = pipeline(self.model, network, self.size)
         for i in range(self.clips):
+            pipe.set_progress_bar_config(desc=f"{label}, clip {i + 1}", disable=None)
             noise = torch.randn(1, 3, *self.size, generator=torch.Generator().manual_seed(i)).to(self.device)
             ids = torch.tensor([tiny_wan.parse(PROMPTS[i % len(PROMPTS)])], device=self.device)
-            bar = tqdm(total=self.steps, desc=f"{label}, clip {i + 1}", disable=None)
-            # HunyuanVideo's blocks do not show the clock which two calls are one step
-            with bar, generation(num_steps=self.steps, branches=1 if self.guidance == 1 else 2):
-                clip = tiny_wan.sample(
-                    network, noise, ids, steps=self.steps, guidance=self.guidance,
-                    on_step=lambda _, bar=bar: bar.update(), velocity=kind.velocity,
-                )  # fmt: skip
-            yield clip[0].transpose(0, 1)
+            yield generate(self.model, pipe, noise, ids, self.steps, self.guidance)[0].transpose(0, 1)
 
     def told(self) -> dict[str, Any]:
         """What a file of results says about how they came about."""

@@ -19,7 +19,8 @@ def test_presets_are_what_a_user_would_set() -> None:
         settings = resolve({**options, "density": 0.2}, {}).settings
         found[name] = (settings.order, settings.routing, settings.compensate)
     assert found == {
-        "default": ("cubes", "output_error", True),
+        "default": ("auto", "output_error", True),
+        "cubes": ("cubes", "output_error", True),
         "dropped": ("cubes", "output_error", False),
         "splits": ("splits", "output_error", True),
         "kmeans": ("kmeans", "output_error", True),
@@ -27,6 +28,14 @@ def test_presets_are_what_a_user_would_set() -> None:
         "svg_ear": ("kmeans", "svg_ear", True),
         "svg2": ("kmeans", "mass", False),
     }
+
+
+def test_forms_are_those_of_the_default() -> None:
+    benchmark = import_benchmark("attention")
+    splits, terms = (benchmark.of_heads(share, 40) for share in benchmark.FORMS["default"])
+    assert (sum(splits), sum(terms)) == (14, 32)
+    assert terms == benchmark.of_heads(0.8, 40), "always the same"
+    assert benchmark.of_heads(0.0, 40) == ()
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
@@ -43,7 +52,7 @@ def test_the_check_of_outputs_sees_what_is_missing(first_order: bool, masked: bo
         terms = {0: (of_output,) * 2}
         with context.active(context.Call(strict=True, first_order=terms)):
             out = torch.ops.svg_ear.attention(query, key, value, mask, *constants)
-        found: float = benchmark.error_to_plan(out, query, plan, 16**-0.5, [0, 1], first_order)[1]
+        found: float = benchmark.error_to_plan(out, query, plan, 16**-0.5, [0, 1], (first_order,) * 2)[1]
         return found
 
     assert error(first_order) < 1e-5
