@@ -150,7 +150,11 @@ HOW_MUCH: list[tuple[dict[str, Any], dict[str, str], tuple[Any, ...]]] = [
     ({"target_error": 0.03}, {}, (None, 0.03, None, 0.1)),
     ({"density": 0.3}, {}, (None, None, 0.3, 0.1)),
     ({"density": 0.3}, {"SVG_EAR_QUALITY": "high"}, (None, None, 0.3, 0.1)),
-    ({"quality": "high"}, {"SVG_EAR_TARGET_ERROR": "0.3", "SVG_EAR_DENSITY": "1"}, ("high", 0.025, None, 0.1)),
+    (
+        {"quality": "high"},
+        {"SVG_EAR_TARGET_ERROR": "0.3", "SVG_EAR_DENSITY": "1"},
+        ("high", 0.025, None, 0.1),
+    ),
     ({"preset": "svg_ear"}, {}, (None, None, None, 0.2)),
     ({"preset": "svg_ear", "density": 0.2}, {}, (None, None, 0.2, 0.2)),
     ({"preset": "svg2", "dense_steps": 1}, {}, (None, None, None, 1)),

@@ -88,7 +88,7 @@ def timestep(model: nn.Module | None, arguments: tuple[tuple[Any, ...], dict[str
     for name in _TIMESTEP:
         if kwargs.get(name) is not None:
             return kwargs[name]
-    names = () if model is None else _parameters(type(model))
+    names = () if model is None else _parameters(model.__class__)
     places = [names.index(name) for name in _TIMESTEP if name in names]
     return next((args[place] for place in places if place < len(args)), None)
 
@@ -130,7 +130,7 @@ def _loop(frame: FrameType) -> Loop | None:
     if schedule is None:
         schedule = getattr(found.get("block_state"), "timesteps", None)
     pipeline = found.get("components", found["self"])
-    if t is None or not hasattr(schedule, "__len__") or not hasattr(pipeline, "scheduler"):
+    if t is None or schedule is None or not hasattr(schedule, "__len__") or not hasattr(pipeline, "scheduler"):
         return None
     step = next((found[name] for name in _COUNTERS if isinstance(found.get(name), int)), None)
     if step is None:

@@ -170,6 +170,7 @@ class Controller:
         if frozen or branch or layer.variants.is_tried or not s.measure_every or self._step < turn:
             return decision
         forms = bool(self._orders or s.first_order)
+        densities: tuple[float, ...]
         if decision.dense and s.target_error is not None:
             densities = self._trial_densities()
         elif forms and (s.density or decision.density) is not None:
