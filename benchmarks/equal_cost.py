@@ -47,7 +47,7 @@ class Compared(NamedTuple):
 
     def within(self, low: float = 1 / WITHIN) -> float | None:
         """The share of clips whose error is within WITHIN of the target, or, with low 0, no larger."""
-        return statistics.mean(low <= r <= WITHIN for r in self.ratios) if self.ratios else None
+        return statistics.mean(float(low <= r <= WITHIN) for r in self.ratios) if self.ratios else None
 
 
 class Curves:
