@@ -1,133 +1,164 @@
-"""Which calls of real pipelines are warm-up: guidance in two calls or one, later generations, two models."""
+"""Nobody is told anything: which step, guidance branch and generation is each call of a real pipeline in?"""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from pipelines.tiny import Tiny, build
-from toy import EAGER, calls, compiled
+from pipelines.runs import (
+    BLOCKWISE,
+    UNMEASURED,
+    WHOLE,
+    after,
+    expected,
+    generate,
+    in_threads,
+    logged,
+    make,
+    said,
+    sharing,
+    stop,
+)
+from pipelines.tiny import Tiny
+from torch import Tensor
 
-import svg_ear_compile
+from svg_ear_compile.backend import reset
 
-pytestmark = [pytest.mark.usefixtures("fresh"), pytest.mark.filterwarnings("error:svg_ear")]
+pytestmark = pytest.mark.filterwarnings("error:svg_ear")
 
-LAYERS = 2
-WHOLE, BLOCKWISE = "whole", "blockwise"
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+SHARES = {BLOCKWISE: 0.5, WHOLE: 0.1}
+"""The warm-up: by default a tenth."""
+_made: dict[tuple[str, str], Tiny] = {}
 
 
-def make(name: str, how: str, **options: Any) -> Tiny:
-    tiny, options = build(name), {**EAGER, **options}
-    for part in ("transformer", "transformer_2"):
-        model = getattr(tiny.pipe, part, None)
-        if model is not None and how == WHOLE:
-            setattr(tiny.pipe, part, compiled(model, options))
-        elif model is not None:
-            model.compile_repeated_blocks(backend="svg_ear", fullgraph=True, options=options)
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_once() -> Iterator[None]:
+    """Pipelines are compiled once for this file: no generation knows of those before it."""
+    torch._dynamo.reset()
+    reset()
+    yield
+    _made.clear()
+    torch._dynamo.reset()
+
+
+def pipeline(name: str, how: str = WHOLE) -> Tiny:
+    if (name, how) not in _made:
+        _made[name, how] = make(name, how, dense_steps=SHARES[how], **UNMEASURED)
+    return _made[name, how]
+
+
+def wan() -> Tiny:
+    """Whole, with the plainest scheduler."""
+    tiny = pipeline("wan")
+    tiny.pipe.scheduler = scheduler("FlowMatchEulerDiscreteScheduler")
     return tiny
 
 
-def steps(tiny: Tiny, *counts: int, guided: int | None = None, **changes: Any) -> tuple[float, float]:
-    """(sparse, dense) model calls per guided call of these generations: steps, if the clock is right."""
-    sparse, dense = calls()
-    for count in counts:
-        tiny(count, **changes)
-    after, warm = calls()
-    assert set(warm) <= {"warm-up steps"}
-    per_step = LAYERS * (tiny.guided if guided is None else guided)
-    return (after - sparse) / per_step, (sum(warm.values()) - sum(dense.values())) / per_step
+def scheduler(name: str) -> Any:
+    import diffusers
+
+    return getattr(diffusers, name)(**({} if name.startswith("FlowMatch") else FLOW))
 
 
-def said() -> set[str]:
-    return {graph.steps for graph in svg_ear_compile.report().graphs if graph.steps}
+SIGMAS = [1.0, 0.9, 0.75, 0.55, 0.5, 0.25]
+LISTED = {"timesteps": [1000 * sigma for sigma in SIGMAS], "strength": 0.5}
+SCHEDULES: dict[str, Any] = {
+    # pipeline, how, scheduler, arguments of the pipeline, steps, dense ones
+    "UniPC": ("wan", WHOLE, "UniPCMultistepScheduler", {"steps": 10}, 10, 1),
+    "DPM++": ("wan", BLOCKWISE, "DPMSolverMultistepScheduler", {"steps": 5}, 5, 3),
+    "Heun: two calls a step": ("wan", WHOLE, "FlowMatchHeunDiscreteScheduler", {"steps": 8}, 15, 2),
+    "sigmas": ("hunyuan_video", BLOCKWISE, None, {"sigmas": SIGMAS}, 6, 3),
+    "half of the steps": ("wan_v2v", BLOCKWISE, None, {"steps": 8, "strength": 0.5}, 4, 2),
+    "half of the timesteps": ("wan_v2v", BLOCKWISE, None, LISTED, 3, 2),
+    "guidance in one batch": ("cogvideox", WHOLE, None, {"steps": 6}, 6, 1),
+}
 
 
-@pytest.mark.parametrize(
-    ("name", "how"),
-    [("hunyuan_video", BLOCKWISE), ("cogvideox", WHOLE)],
-)
-def test_a_count_of_steps_in_every_generation(name: str, how: str) -> None:
-    tiny = make(name, how, dense_steps=1)
-    assert steps(tiny, 4) == (3, 1)
-    assert steps(tiny, 4, 6) == (8, 2)
-    assert steps(tiny, 4, height=96) == (3, 1), "at another resolution"
-    assert steps(tiny, 4) == (3, 1), "and back"
+@pytest.mark.parametrize("case", SCHEDULES.values(), ids=SCHEDULES)
+def test_the_dense_steps_are_a_share_of_those_that_run(case: Any) -> None:
+    name, how, schedule, arguments, steps, dense = case
+    tiny = pipeline(name, how)
+    if schedule is not None:
+        tiny.pipe.scheduler = scheduler(schedule)
+    generate(tiny, **arguments)
+    layers = 1 if name == "wan" else 2
+    assert logged() == [expected(range(steps), dense, range(tiny.guided), layers)]
+    assert f"{dense} dense first steps, of {steps} (the pipeline)" in said()
 
 
-@pytest.mark.parametrize(("name", "how"), [("wan", BLOCKWISE), ("ltx", WHOLE)])
-def test_a_fraction_of_steps_known_from_the_generation_before(name: str, how: str) -> None:
-    tiny = make(name, how, dense_steps=0.5)
-    steps(tiny, 4)
-    assert steps(tiny, 4) == (2, 2)
-    assert said() == {"2 dense first steps, of 4 (the previous generation)"}
-    assert steps(tiny, 6) == (4, 2), "it learns of more steps when they have come"
-    assert steps(tiny, 6) == (3, 3)
+@pytest.mark.parametrize(("steps", "dense"), [(4, 0), (8, 1), (10, 1), (30, 3), (50, 5)])
+def test_by_default_a_tenth_of_the_steps_is_dense(steps: int, dense: int) -> None:
+    generate(wan(), steps)
+    assert logged() == [expected(range(steps), dense)]
 
 
-def test_few_steps_do_not_all_go_into_the_warm_up() -> None:
-    """With the default fraction, which of the 50 steps assumed would be 10."""
-    tiny = make("wan", WHOLE, dense_steps=0.2)
-    assert steps(tiny, 4) == (2, 2), "the third timestep shows that there are about four"
-    assert said() == {"2 dense first steps, of 4 (the timesteps so far)"}
-    assert steps(tiny, 4) == (3, 1)
-    assert said() == {"1 dense first steps, of 4 (the previous generation)"}
+def test_guidance_may_be_off() -> None:
+    generate(wan(), 6, guidance_scale=1.0)
+    assert logged() == [expected(range(6), 1, [0])]
 
 
-def test_many_steps_show_in_mid_generation() -> None:
-    tiny = make("wan", WHOLE, dense_steps=0.2)
-    assert steps(tiny, 18) == (10, 8), "the first 10 of 50, until the ninth timestep shows that there are 18"
-    assert said() == {"8 dense first steps, of 18 (the timesteps so far)"}
-    assert steps(tiny, 18) == (14, 4)
+@pytest.mark.parametrize("how", [WHOLE, BLOCKWISE])
+def test_guidance_may_be_switched_in_mid_run(how: str) -> None:
+    """The second call of a step stays the second branch, whatever ran in between."""
+
+    def switch(pipe: Any, i: int, t: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        pipe._guidance_scale = 1.0 if 2 <= i < 4 else 5.0
+        return tensors
+
+    tiny = pipeline("wan", how)
+    generate(tiny, 8, callback_on_step_end=switch)
+    dense = 1 if how == WHOLE else 4
+    unguided = [(0, 0, 1, step) for step in (3, 4)]
+    every = expected(range(8), dense)
+    assert logged() == [{call: sparse for call, sparse in every.items() if call not in unguided}]
 
 
-def test_a_fraction_of_steps_that_were_set() -> None:
-    tiny = make("wan", WHOLE, dense_steps=0.5, num_steps=4)
-    assert steps(tiny, 4, 4) == (4, 4)
-    assert said() == {"2 dense first steps, of 4 (the setting num_steps)"}
+@pytest.mark.parametrize("parts", [("transformer", "transformer_2"), ("transformer_2",)], ids=["both", "one"])
+def test_the_second_transformer_of_wan_takes_no_warm_up(parts: tuple[str, ...]) -> None:
+    tiny = make("wan22", BLOCKWISE, parts, dense_steps=2, **UNMEASURED)
+    generate(tiny, 8)
+    first = sum(t >= 875 for t in tiny.pipe.scheduler.timesteps.tolist())
+    assert 2 < first < 8
+    second = expected(range(first, 8), 0, layers=2, model=len(parts) - 1)
+    assert logged() == [second if len(parts) == 1 else {**expected(range(first), 2, layers=2), **second}]
 
 
-def test_guidance_may_come_and_go() -> None:
-    tiny = make("wan", BLOCKWISE, dense_steps=1)
-    assert steps(tiny, 4, guided=1, guidance_scale=1.0) == (3, 1)
-    assert steps(tiny, 4) == (3, 1)
-    assert steps(tiny, 4, guided=1, guidance_scale=1.0) == (3, 1)
+def test_an_interrupted_run_says_nothing_of_the_next() -> None:
+    tiny = wan()
+    generate(tiny, 30, **after(4, stop))
+    generate(tiny, 30)
+    assert logged(2) == [expected(range(5), 3), expected(range(30), 3)]
 
 
-def test_the_second_transformer_takes_no_warm_up() -> None:
-    tiny = make("wan22", WHOLE, dense_steps=1)
-    boundary = tiny.pipe.config.boundary_ratio * 1000
-    assert steps(tiny, 4) == (3, 1)
-    assert any(t < boundary for t in tiny.pipe.scheduler.timesteps)
-    assert any(t >= boundary for t in tiny.pipe.scheduler.timesteps[1:]), "the first has sparse steps too"
-    assert steps(tiny, 4) == (3, 1)
+def test_pipelines_that_take_turns_keep_their_own_steps() -> None:
+    """One generates a clip inside of another's callback, with the same model, and with another one."""
+    tiny = wan()
+    other, foreign = sharing(tiny), pipeline("cogvideox")
+
+    def turn(pipe: Any) -> None:
+        generate(other, 10)
+        generate(foreign, 6)
+
+    generate(tiny, 20, **after(3, turn))
+    assert logged(3) == [
+        expected(range(20), 2),
+        expected(range(10), 1),
+        expected(range(6), 1, [0], layers=2),
+    ]
 
 
-def test_offloaded_blocks_with_the_helper() -> None:
-    """Without it the clock may not see the timestep embedding: hooks hide the names of arguments."""
-    from diffusers.hooks import apply_group_offloading
+def test_threads_in_one_model_keep_their_own_steps() -> None:
+    """Step by step in turn."""
+    tiny, turns = wan(), threading.Barrier(2)
 
-    tiny, cpu = build("wan"), torch.device("cpu")
-    apply_group_offloading(
-        tiny.pipe.transformer, onload_device=cpu, offload_device=cpu, offload_type="block_level",
-        num_blocks_per_group=1,
-    )  # fmt: skip
-    tiny.pipe.transformer.compile_repeated_blocks(backend="svg_ear", options={**EAGER, "dense_steps": 0.25})
-    for _ in range(2):
-        with svg_ear_compile.generation(num_steps=4, branches=2):
-            assert steps(tiny, 4) == (3, 1)
+    def meet(pipe: Any, i: int, t: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        turns.wait(60)
+        return tensors
 
-
-def test_true_guidance_of_hunyuan_video() -> None:
-    guidance = {"true_cfg_scale": 3.0, "negative_prompt": "blurred", "guided": 2}
-    assert steps(make("hunyuan_video", WHOLE, dense_steps=1), 4, 4, **guidance) == (6, 2)
-
-
-def test_true_guidance_of_hunyuan_video_block_by_block_needs_the_helper() -> None:
-    """Its timestep embedding holds pooled text, so the two calls of a step look like two steps."""
-    guidance = {"true_cfg_scale": 3.0, "negative_prompt": "blurred", "guided": 2}
-    tiny = make("hunyuan_video", BLOCKWISE, dense_steps=0.25)
-    for _ in range(2):
-        with svg_ear_compile.generation(num_steps=4, branches=2):
-            assert steps(tiny, 4, **guidance) == (3, 1)
-    assert "generation(num_steps=..., branches=2)" in str(svg_ear_compile.report())
+    in_threads(*(partial(generate, one, 10, callback_on_step_end=meet) for one in (tiny, sharing(tiny))))
+    assert logged(2) == [expected(range(10), 1)] * 2

@@ -169,6 +169,20 @@ def wan_i2v() -> Tiny:
     return Tiny(pipe, {**_GUIDED, "image": image, "max_sequence_length": 512}, guided=2)
 
 
+def wan_v2v() -> Tiny:
+    """It runs the last `strength` of the steps."""
+    from diffusers import WanVideoToVideoPipeline
+    from PIL import Image
+
+    pipe = WanVideoToVideoPipeline(
+        tokenizer=tokenizer(), text_encoder=t5(umt5=True), vae=_wan_vae(), scheduler=_flow(),
+        transformer=wan_transformer(),
+    )  # fmt: skip
+    video = [Image.new("RGB", (64, 64), (40 * n, 100, 50)) for n in range(5)]
+    given = {name: value for name, value in _GUIDED.items() if name != "num_frames"}
+    return Tiny(pipe, {**given, "video": video, "max_sequence_length": TEXT}, guided=2)
+
+
 def hunyuan_video() -> Tiny:
     from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoPipeline, HunyuanVideoTransformer3DModel
 
@@ -237,7 +251,7 @@ def ltx() -> Tiny:
     return Tiny(pipe, {**_GUIDED, "num_frames": 9, "max_sequence_length": TEXT})
 
 
-BUILDERS: tuple[Callable[[], Tiny], ...] = (wan, wan22, wan_i2v, hunyuan_video, cogvideox, ltx)
+BUILDERS: tuple[Callable[[], Tiny], ...] = (wan, wan22, wan_i2v, wan_v2v, hunyuan_video, cogvideox, ltx)
 
 
 def build(name: str) -> Tiny:
