@@ -1,0 +1,79 @@
+"""What of ours is alive after a pipeline has returned, and while it decodes?"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from pipelines.runs import BLOCKWISE, WHOLE, after, generate, logged, make, stop
+from torch import Tensor
+
+from svg_ear_compile.runtime.clock import Generation
+from svg_ear_compile.runtime.layers import Layer
+
+pytestmark = [pytest.mark.usefixtures("fresh"), pytest.mark.filterwarnings("error:svg_ear")]
+
+CARRIES = {"order": "splits", "dense_steps": 1}
+
+
+@pytest.fixture(autouse=True)
+def _no_collector() -> Iterator[None]:
+    """What is freed late would be memory that the decoder lacks."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def alive(kind: type) -> list[Any]:
+    return [found for found in gc.get_objects() if type(found) is kind]
+
+
+def carried() -> list[Tensor]:
+    return [x for layer in alive(Layer) for _, kept in layer.carried.values() for x in kept]
+
+
+def fail(pipe: Any) -> None:
+    raise RuntimeError("stopped")
+
+
+def test_nothing_of_a_generation_outlives_the_call_of_its_pipeline() -> None:
+    tiny = make("wan", WHOLE, **CARRIES)
+    seen: list[int] = []
+
+    def look(pipe: Any) -> None:
+        seen.append(len(alive(Generation)))
+
+    generate(tiny, 4, **after(1, look))
+    assert alive(Generation) == []
+    generate(tiny, 4, **after(1, stop))
+    assert alive(Generation) == []
+    try:
+        generate(tiny, 4, **after(2, fail))
+    except RuntimeError as error:
+        assert str(error) == "stopped"  # noqa: PT017 - pytest.raises would keep the frames
+    assert alive(Generation) == []
+    assert len(logged(3)[-1]) == 3 * 2, "the last one failed in its third step"
+    assert seen == [1], "there is one while it runs"
+
+
+@pytest.mark.parametrize(
+    ("name", "how"), [("wan", WHOLE), ("wan22", BLOCKWISE), ("hunyuan_video", BLOCKWISE)]
+)
+def test_no_order_is_carried_while_the_clip_is_decoded(
+    name: str, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = make(name, how, **CARRIES)
+    held: dict[str, int] = {}
+    decode = tiny.pipe.vae.decode
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        held["in the decoder"] = len(carried())
+        return decode(*args, **kwargs)
+
+    monkeypatch.setattr(tiny.pipe.vae, "decode", spy)
+    generate(tiny, 6, output_type="pt", **after(3, lambda pipe: held.update({"in the loop": len(carried())})))
+    assert held["in the loop"] > 0
+    assert held["in the decoder"] == 0
