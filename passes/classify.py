@@ -25,6 +25,7 @@ from torch import fx
 from .axes import Axes, Axis, axis_size
 from .axis_rules import trace_axes
 from .evidence import OTHER_TOKENS, Answer, Evidence, find_evidence
+from .fx_utils import without_numbers
 from .graph_break_hint import break_before, is_resumed
 from .layout import is_factorised, read_layout, video_parts
 from .masks import read_mask
@@ -65,7 +66,7 @@ def named(path: str, patterns: Sequence[str]) -> bool:
 
 def pattern_of(path: str) -> str:
     """A pattern for `sites=` that names a module, and those that differ in nothing but numbers."""
-    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", path) or "*"
+    return without_numbers(path) or "*"
 
 
 def _site(

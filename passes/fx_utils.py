@@ -29,6 +29,11 @@ def readable_path(path: str) -> str:
     return re.sub(r"\['?([^'\]]+)'?\]", r".\1", path).strip(".")
 
 
+def without_numbers(path: str) -> str:
+    """`blocks.7.attn1` -> `blocks.*.attn1`."""
+    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", path)
+
+
 def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     """A copy (meta and Dynamo sources of placeholders included), and its node for each of the old ones."""
     new = fx.Graph()

@@ -8,12 +8,13 @@ by keyword, or query, key and value by position.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import fx
 
-from .fx_utils import SDPA, module_stack
+from .fx_utils import SDPA, module_stack, without_numbers
 from .graph_break_hint import missing_attention
 from .sizes import constant, example, is_inverse_root
 from .subgraphs import nested_attention
@@ -56,13 +57,21 @@ class AttentionNode:
         return 'call model.set_attention_backend("native")' if by_diffusers else ""
 
 
+class OtherAttention(NamedTuple):
+    """Attention that is left as it is: what it is, what to do about it, and the module it stands in."""
+
+    kind: str
+    advice: str
+    module_path: str
+
+
 @dataclass(frozen=True)
 class Matches:
-    """All attention of one graph. others: what is left as it is, with what to do about it. outside: of what may run
-    outside of all graphs, since this one has the rest of a block and no attention; '' if it has."""
+    """All attention of one graph. others: what is left as it is. outside: of what may run outside of all graphs,
+    since this one has the rest of a block and no attention; '' if it has."""
 
     calls: tuple[AttentionNode, ...]
-    others: tuple[str, ...]
+    others: tuple[OtherAttention, ...]
     outside: str = ""
 
 
@@ -78,9 +87,9 @@ def match(graph: fx.Graph) -> Matches:
         elif getattr(node.target, "__name__", "") == "_sdpa_kernel":
             forced = _forced(node)
         elif other := unfused_attention(node):
-            others.append(_named(*other, node))
+            others.append(_other(*other, node))
     if graph.owning_module is not None:
-        others += [_named(*nested) for nested in nested_attention(graph.owning_module)]
+        others += [_other(*nested) for nested in nested_attention(graph.owning_module)]
     return Matches(tuple(calls), tuple(others), "" if calls or others else missing_attention(graph))
 
 
@@ -119,8 +128,17 @@ def _forced(node: fx.Node) -> str:
     return "" if set(names) >= _FREE_CHOICE else ", ".join(names)
 
 
-def _named(kind: str, advice: str, node: fx.Node) -> str:
-    """A call that is left as it is, with the module it stands in, and what to do about it."""
+def _other(kind: str, advice: str, node: fx.Node) -> OtherAttention:
     stack = module_stack(node)
-    where = f" in {stack[-1][0]}" if stack and stack[-1][0] else ""
-    return f"{kind}{where} ({advice})"
+    return OtherAttention(kind, advice, stack[-1][0] if stack else "")
+
+
+def in_words(others: Sequence[OtherAttention]) -> list[str]:
+    """'flex_attention in blocks.*.attn1 (what to do)': layers that differ in nothing but their number are one."""
+    paths: dict[tuple[str, str], dict[str, None]] = {}
+    for kind, advice, path in others:
+        paths.setdefault((kind, advice), {})[without_numbers(path)] = None
+    return [
+        kind + (f" in {', '.join(filter(None, where))}" if any(where) else "") + f" ({advice})"
+        for (kind, advice), where in paths.items()
+    ]

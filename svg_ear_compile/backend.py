@@ -24,7 +24,7 @@ from .kernels.choice import attention_kernel
 from .passes.classify import classify
 from .passes.inputs import mask_arguments, read_inputs
 from .passes.layout import grid_from_rotary
-from .passes.match import match
+from .passes.match import in_words, match
 from .passes.rewrite import rewrite
 from .passes.site import KeyMask, Reason, Site, Verdict
 from .passes.sources import is_activation
@@ -122,7 +122,7 @@ def _apply_passes(
     try:
         whole = inline_regions(gm)
         found = match(whole.graph)
-        record.other_attention = [*found.others]
+        record.other_attention = in_words(found.others)
         if found.outside and not records.has_attention_alone():
             record.other_attention.append(found.outside)
         sites = classify(whole, settings, example_inputs)

@@ -53,7 +53,7 @@ class SiteRecord:
         return cls(
             site.index, site.module_path, site.module_class, site.kind, site.batch, site.heads, site.head_dim,
             site.q_len, site.k_len, site.q_hint, site.k_hint, site.dtype, site.mask, site.verdict.rewrite,
-            site.verdict.reason.name, str(site.verdict), site.verdict.reason.hint,
+            site.verdict.reason.name, str(site.verdict), site.verdict.hint,
             site.layout.text_hint, site.layout.grid_hint, site.layout.grid_source,
         )  # fmt: skip
 

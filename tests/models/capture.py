@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from svg_ear_compile.passes.classify import classify
 from svg_ear_compile.passes.inputs import read_inputs
-from svg_ear_compile.passes.match import match
+from svg_ear_compile.passes.match import Matches, in_words, match
 from svg_ear_compile.passes.rewrite import rewrite
 from svg_ear_compile.passes.site import GraphInputs, Site
 from svg_ear_compile.passes.subgraphs import inline_regions
@@ -42,7 +42,12 @@ class Captured:
     sites: list[Site]
     inputs: GraphInputs
     placeholders: list[str]
-    others: tuple[str, ...]
+    found: Matches
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """Attention that is no site, as the report names it."""
+        return (*in_words(self.found.others), *filter(None, [self.found.outside]))
 
 
 @dataclass
@@ -59,8 +64,7 @@ class Backend:
         graph, sites = whole.graph, classify(whole, self.knobs, example_inputs)
         names = [node.name for node in graph.find_nodes(op="placeholder")]
         inputs, found = read_inputs(whole, sites), match(graph)
-        others = (*found.others, *filter(None, [found.outside]))
-        self.captured.append(Captured(gm, graph, example_inputs, sites, inputs, names, others))
+        self.captured.append(Captured(gm, graph, example_inputs, sites, inputs, names, found))
         if self.rewrites:
             gm.graph = rewrite(whole, sites, self.knobs)
         return self.inner(gm, example_inputs)

@@ -9,7 +9,6 @@ that differ in nothing but numbers in their paths share a line. Videos are of 3 
 
 from __future__ import annotations
 
-import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -20,6 +19,8 @@ if __name__ == "__main__":
 from models.capture import Backend, capture, described
 from models.tiny import BUILDERS, build
 from models.tiny_others import BREAKS_WHEN_REGIONAL
+
+from svg_ear_compile.passes.fx_utils import without_numbers
 
 FILE = Path(__file__).with_name("verdicts.txt")
 SIZE = (3, 4, 6)
@@ -34,19 +35,16 @@ def lines(backend: Backend) -> list[str]:
     found: Counter[str] = Counter()
     for site in backend.sites:
         path, _, rest = described(site).partition(" ")
-        found[f"{_general(path)} {rest} | {site.mask}"] += 1
+        found[f"{without_numbers(path)} {rest} | {site.mask}"] += 1
+    matches = [captured.found for captured in backend.captured]
     others = Counter(
-        _general(name.partition(" (")[0]) for captured in backend.captured for name in captured.others
+        f"{other.kind} in {without_numbers(other.module_path)}" for found in matches for other in found.others
     )
+    others += Counter(found.outside.partition(" (")[0] for found in matches if found.outside)
     graphs = f"{len(backend.captured)} graph" + "s" * (len(backend.captured) > 1)
     rows = [f"{count} x {row.strip()}" for row, count in found.items()]
     left = [f"{count} x {name} | not rewritable" for name, count in others.items()]
     return [graphs, *rows, *left]
-
-
-def _general(path: str) -> str:
-    """Without the numbers of layers."""
-    return re.sub(r"(^|[.])[0-9]+(?=[.]|$)", r"\1*", path)
 
 
 def ways(name: str) -> list[str]:

@@ -10,16 +10,15 @@ from models.tiny import build
 import svg_ear_compile
 
 JOINT = ["transformer_blocks.0.attn1", "transformer_blocks.1.attn1"]
-OUTSIDE = (
-    "attention of transformer_mochi that is outside of the graphs (torch._dynamo.config.capture_dynamic_"
-)
+OUTSIDE = "attention of transformer_mochi that is outside of the graphs (Dynamic shape operator (aten.nonzero"
+SETTING = "torch._dynamo.config.capture_dynamic_output_shape_ops = True"
 
 
 def test_attention_between_graphs_is_named() -> None:
     model, arguments = build("mochi")
     others = [name for captured in capture(model, arguments(3, 4, 6)).captured for name in captured.others]
     assert others
-    assert all(name.startswith(OUTSIDE) for name in others)
+    assert all(name.startswith(OUTSIDE) and SETTING in name for name in others)
 
 
 @pytest.mark.usefixtures("fresh")

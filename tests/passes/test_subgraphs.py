@@ -109,13 +109,13 @@ def test_the_modules_of_a_checkpoint_are_known() -> None:
         (
             conditional,
             False,
-            "attention inside of cond in blocks.0.attn1 (only attention outside of control flow operations is "
+            "attention inside of cond in blocks.*.attn1 (only attention outside of control flow operations is "
             "rewritten)",
         ),
         (
             checkpointed,
             True,
-            "attention inside of tag_activation_checkpoint in blocks.0.attn1 (gradients are wanted: call the model "
+            "attention inside of tag_activation_checkpoint in blocks.*.attn1 (gradients are wanted: call the model "
             "under torch.no_grad() or torch.inference_mode())",
         ),
     ],
