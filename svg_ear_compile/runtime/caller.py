@@ -115,8 +115,13 @@ def _may_loop(code: CodeType) -> bool:
     """Whether a method with this code may be a sampling loop: by the names of its variables."""
     known = _seen.get(id(code))
     if known is None:
-        names = code.co_varnames
-        loops = names[:1] == ("self",) and "t" in names and ("timesteps" in names or "block_state" in names)
+        arguments = code.co_argcount + code.co_kwonlyargcount
+        made = {
+            *code.co_varnames[arguments:],
+            *code.co_cellvars,
+        }  # in a step of a modular pipeline t is an argument
+        schedules = {"timesteps", "block_state"} & {*code.co_varnames, *code.co_cellvars}
+        loops = code.co_varnames[:1] == ("self",) and "t" in made and bool(schedules)
         if len(_seen) > 4096:
             _seen.clear()
         known = _seen[id(code)] = (code, loops)
@@ -124,17 +129,19 @@ def _may_loop(code: CodeType) -> bool:
 
 
 def _loop(frame: FrameType) -> Loop | None:
-    """The loop that runs in this frame, if its object is a pipeline, or a block of a modular one."""
+    """The loop that runs in this frame, if its object is a pipeline, or a block of a modular one, or if t was taken
+    from the timesteps."""
     found = frame.f_locals
     schedule, t = found.get("timesteps"), found.get("t")
     if schedule is None:
         schedule = getattr(found.get("block_state"), "timesteps", None)
-    pipeline = found.get("components", found["self"])
-    if t is None or schedule is None or not hasattr(schedule, "__len__") or not hasattr(pipeline, "scheduler"):
+    if t is None or schedule is None or not hasattr(schedule, "__len__"):
         return None
-    step = next((found[name] for name in _COUNTERS if isinstance(found.get(name), int)), None)
-    if step is None:
-        step = _place(t, schedule)
+    place = _place(t, schedule)
+    pipeline = found.get("components", found["self"])
+    if place is None and not hasattr(pipeline, "scheduler"):
+        return None
+    step = next((found[name] for name in _COUNTERS if isinstance(found.get(name), int)), place)
     if step is None:
         return None
     memory = found.get(_MEMORY)

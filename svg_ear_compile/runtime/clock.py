@@ -61,26 +61,26 @@ class ModelCalls:
         self._layers: dict[Hashable, Layer] = {}
         self._heard: set[Hashable] = set()
         self._branches: dict[Hashable, int] = {}
-        self._step, self._line = -1, -1
+        self.step, self._line = -1, -1
         self._in_step: Counter[int] = Counter()
         self._calls_before = 0
 
     def is_running(self, graph: Hashable, step: int, line: int) -> bool:
         """Whether a call of this graph belongs to the call of the model that runs already."""
-        return (step, line) == (self._step, self._line) and graph not in self._heard
+        return (step, line) == (self.step, self._line) and graph not in self._heard
 
     def hear(self, graph: Hashable, step: int, line: int, is_last_step: bool) -> bool:
         """A graph is called. Returns whether a call of the model begins with it."""
         begins = not self.is_running(graph, step, line)
         if begins:
-            if step != self._step:
+            if step != self.step:
                 self._calls_before = self._in_step.total()
                 self._in_step.clear()
             self._heard.clear()
             self.seen_keys.clear()
             place = line, self._in_step[line]
             self.branch = self._branches.setdefault(place, len(self._branches))
-            self._step, self._line = step, line
+            self.step, self._line = step, line
             self._in_step[line] += 1
             self.ends = is_last_step and self._in_step.total() >= self._calls_before
         self._heard.add(graph)
@@ -113,6 +113,18 @@ class Generation:
         """Whether one step has had so many calls that this is no generation but a benchmark, or a one-step model."""
         self.memos: dict[Hashable, Any] = {}
         self._models: dict[Hashable, ModelCalls] = {}
+
+    def move_to(self, step: int) -> None:
+        """This step runs. Models that the one before did not call hold no tensors any more."""
+        if step != self.step:
+            self.release_all_but(self.step)
+        self.step = step
+
+    def release_all_but(self, step: int) -> None:
+        """Frees the tensors of models that this step did not call."""
+        for calls in self._models.values():
+            if calls.step != step:
+                calls.release()
 
     def calls_of(self, model: nn.Module | None, graph: int) -> ModelCalls:
         """Those of a model; without one a graph is its own."""
@@ -212,7 +224,8 @@ class Clock:
     def _advance_to(self, step: int) -> None:
         if step != self._step:
             self._inputs.clear()
-        self._step = self.generation.step = step
+        self._step = step
+        self.generation.move_to(step)
 
     def _is_timed(self, caller: Caller) -> bool:
         """Whether the calls of the first step show that no second one comes."""
@@ -307,7 +320,8 @@ def tick(caller: Caller, graph: int, limit: int | None = None) -> tuple[Generati
     name = (id(caller.layer), graph)
     if loop is not None:
         generation = _of_loop(caller, loop.memory)
-        generation.step, line = loop.step, loop.line
+        generation.move_to(loop.step)
+        line = loop.line
     else:
         told = _current_told()
         clock = told.clock if told is not None else _own_clock(caller.model, graph)
@@ -318,6 +332,8 @@ def tick(caller: Caller, graph: int, limit: int | None = None) -> tuple[Generati
     calls = generation.calls_of(caller.model, graph)
     is_last = generation.num_steps is not None and generation.step == generation.num_steps - 1
     calls.hear(name, generation.step, line, is_last)
+    if calls.ends:
+        generation.release_all_but(generation.step)
     return generation, calls
 
 
