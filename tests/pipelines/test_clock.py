@@ -11,6 +11,8 @@ import pytest
 import torch
 from pipelines.runs import (
     BLOCKWISE,
+    DEFAULT_SCHEDULE,
+    SMALL,
     UNMEASURED,
     WHOLE,
     after,
@@ -23,7 +25,7 @@ from pipelines.runs import (
     sharing,
     stop,
 )
-from pipelines.tiny import Tiny
+from pipelines.tiny import TEXT, Tiny
 from torch import Tensor
 
 from svg_ear_compile.backend import reset
@@ -55,7 +57,7 @@ def pipeline(name: str, how: str = WHOLE) -> Tiny:
 def wan() -> Tiny:
     """Whole, with the plainest scheduler."""
     tiny = pipeline("wan")
-    tiny.pipe.scheduler = scheduler("FlowMatchEulerDiscreteScheduler")
+    tiny.pipe.scheduler = scheduler(EULER)
     return tiny
 
 
@@ -67,27 +69,31 @@ def scheduler(name: str) -> Any:
 
 SIGMAS = [1.0, 0.9, 0.75, 0.55, 0.5, 0.25]
 LISTED = {"timesteps": [1000 * sigma for sigma in SIGMAS], "strength": 0.5}
+EULER = "FlowMatchEulerDiscreteScheduler"
+TRUE_GUIDANCE = {"steps": 4, "true_cfg_scale": 3.0, "negative_prompt": "blurred"}
 SCHEDULES: dict[str, Any] = {
-    # pipeline, how, scheduler, arguments of the pipeline, steps, dense ones
-    "UniPC": ("wan", WHOLE, "UniPCMultistepScheduler", {"steps": 10}, 10, 1),
-    "DPM++": ("wan", BLOCKWISE, "DPMSolverMultistepScheduler", {"steps": 5}, 5, 3),
-    "Heun: two calls a step": ("wan", WHOLE, "FlowMatchHeunDiscreteScheduler", {"steps": 8}, 15, 2),
-    "sigmas": ("hunyuan_video", BLOCKWISE, None, {"sigmas": SIGMAS}, 6, 3),
-    "half of the steps": ("wan_v2v", BLOCKWISE, None, {"steps": 8, "strength": 0.5}, 4, 2),
-    "half of the timesteps": ("wan_v2v", BLOCKWISE, None, LISTED, 3, 2),
-    "guidance in one batch": ("cogvideox", WHOLE, None, {"steps": 6}, 6, 1),
+    # pipeline, how, scheduler, arguments of the pipeline, branches, steps, dense ones
+    "UniPC": ("wan", WHOLE, "UniPCMultistepScheduler", {"steps": 10}, 2, 10, 1),
+    "DPM++": ("wan", BLOCKWISE, "DPMSolverMultistepScheduler", {"steps": 5}, 2, 5, 3),
+    "Heun: two calls a step": ("wan", WHOLE, "FlowMatchHeunDiscreteScheduler", {"steps": 8}, 2, 15, 2),
+    "sigmas": ("hunyuan_video", BLOCKWISE, None, {"sigmas": SIGMAS}, 1, 6, 3),
+    "half of the steps": ("wan_v2v", BLOCKWISE, None, {"steps": 8, "strength": 0.5}, 2, 4, 2),
+    "half of the timesteps": ("wan_v2v", BLOCKWISE, None, LISTED, 2, 3, 2),
+    "guidance in one batch": ("cogvideox", WHOLE, None, {"steps": 6}, 1, 6, 1),
+    "guidance off": ("wan", WHOLE, EULER, {"steps": 6, "guidance_scale": 1.0}, 1, 6, 1),
+    "guidance besides a guided model": ("hunyuan_video", BLOCKWISE, None, TRUE_GUIDANCE, 2, 4, 2),
 }
 
 
 @pytest.mark.parametrize("case", SCHEDULES.values(), ids=SCHEDULES)
 def test_the_dense_steps_are_a_share_of_those_that_run(case: Any) -> None:
-    name, how, schedule, arguments, steps, dense = case
+    name, how, schedule, arguments, branches, steps, dense = case
     tiny = pipeline(name, how)
     if schedule is not None:
         tiny.pipe.scheduler = scheduler(schedule)
     generate(tiny, **arguments)
     layers = 1 if name == "wan" else 2
-    assert logged() == [expected(range(steps), dense, range(tiny.guided), layers)]
+    assert logged() == [expected(range(steps), dense, range(branches), layers)]
     assert f"{dense} dense first steps, of {steps} (the pipeline)" in said()
 
 
@@ -95,11 +101,6 @@ def test_the_dense_steps_are_a_share_of_those_that_run(case: Any) -> None:
 def test_by_default_a_tenth_of_the_steps_is_dense(steps: int, dense: int) -> None:
     generate(wan(), steps)
     assert logged() == [expected(range(steps), dense)]
-
-
-def test_guidance_may_be_off() -> None:
-    generate(wan(), 6, guidance_scale=1.0)
-    assert logged() == [expected(range(6), 1, [0])]
 
 
 @pytest.mark.parametrize("how", [WHOLE, BLOCKWISE])
@@ -116,6 +117,37 @@ def test_guidance_may_be_switched_in_mid_run(how: str) -> None:
     unguided = [(0, 0, 1, step) for step in (3, 4)]
     every = expected(range(8), dense)
     assert logged() == [{call: sparse for call, sparse in every.items() if call not in unguided}]
+
+
+def test_modular_pipelines() -> None:
+    """The loop is a block around the one that calls the model."""
+    from diffusers.modular_pipelines import WanBlocks
+
+    parts = wan().pipe.components
+    pipe = WanBlocks().init_pipeline()
+    pipe.update_components(**{name: part for name, part in parts.items() if name in pipe.component_names})
+    pipe.set_progress_bar_config(disable=True)
+    pipe(
+        prompt="a cat walks", negative_prompt="blurred", num_inference_steps=10, num_frames=5,
+        max_sequence_length=TEXT, output="latents", **SMALL,
+    )  # fmt: skip
+    assert logged() == [expected(range(10), 1)]
+
+
+def test_offloaded_blocks() -> None:
+    """Their hooks hide the names of arguments."""
+    from diffusers.hooks import apply_group_offloading
+
+    tiny, cpu = make("wan", parts=()), torch.device("cpu")
+    apply_group_offloading(
+        tiny.pipe.transformer, onload_device=cpu, offload_device=cpu, offload_type="block_level",
+        num_blocks_per_group=1,
+    )  # fmt: skip
+    tiny.pipe.transformer.compile_repeated_blocks(
+        backend="svg_ear", options={**DEFAULT_SCHEDULE, **UNMEASURED}
+    )
+    generate(tiny, 10)
+    assert logged() == [expected(range(10), 1)]
 
 
 @pytest.mark.parametrize("parts", [("transformer", "transformer_2"), ("transformer_2",)], ids=["both", "one"])
