@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from pipelines.runs import BLOCKWISE, WHOLE, after, generate, logged, make, stop
 from torch import Tensor
+from toy import EAGER, ToyInputs, ToyVideo
 
+import svg_ear_compile
 from svg_ear_compile.runtime.clock import Generation
 from svg_ear_compile.runtime.layers import Layer
 
@@ -77,3 +80,24 @@ def test_no_order_is_carried_while_the_clip_is_decoded(
     generate(tiny, 6, output_type="pt", **after(3, lambda pipe: held.update({"in the loop": len(carried())})))
     assert held["in the loop"] > 0
     assert held["in the decoder"] == 0
+
+
+class Named(ToyVideo):
+    """Its forward has variables of the names that a sampling loop has."""
+
+    def forward(self, hidden_states: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        t = self.time(timesteps[:, None] / 1000)
+        x = self.patch(hidden_states).flatten(2).transpose(1, 2)
+        before = weakref.ref(x)
+        x = self.blocks[0](x, encoder_hidden_states, t)
+        self.is_alive = before() is not None
+        return self.out(x)
+
+
+def test_tensors_of_a_model_whose_block_is_compiled_live_no_longer(toy_inputs: ToyInputs) -> None:
+    """To look at the variables of a frame keeps them alive, up to Python 3.12."""
+    model = Named(layers=1).eval()
+    model.blocks[0].compile(backend="svg_ear", options={**EAGER, "sites": "attn1"})
+    model(*toy_inputs())
+    assert svg_ear_compile.report().totals()["sparse_calls"] == 1
+    assert not model.is_alive
