@@ -20,7 +20,8 @@ class SiteConstants(NamedTuple):
     them, where the call's context says nothing else; None: as the routing finds. site: the number of the site
     in its graph. min_tokens, min_frames: of the video; a call with fewer is dense. 0 where all calls have one
     size, so that nothing is left to check. shards: the sequence is that of so many ranks end to end, each with its
-    equal share of the video and of the text (kernels/places.py).
+    equal share of the video and of the text (kernels/places.py). host: somebody decides each call just before it
+    (context.py), so a call of which nobody does is dense; False: the op is called directly.
     """
 
     scale: float | None
@@ -36,6 +37,7 @@ class SiteConstants(NamedTuple):
     min_tokens: int = 0
     min_frames: int = 0
     shards: int = 1
+    host: bool = False
 
     def scale_of(self, query: Tensor) -> float:
         """What the logits of these queries [...,D] are multiplied by."""

@@ -2,7 +2,8 @@
 
 The constants of a site are in the graph. What changes from call to call (is this layer dense at this
 step, which frame grid, which carried centroids) is decided on the host just before the compiled graph
-runs, and lies here, per thread, until it returns. Without a context an op runs sparse and carries nothing.
+runs, and lies here, per thread, until it returns. Without a context an op that is called directly runs sparse and
+carries nothing; one of a rewritten graph runs dense, since its host is gone (`SiteConstants.host`).
 """
 
 from __future__ import annotations

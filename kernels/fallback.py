@@ -1,4 +1,4 @@
-"""Does an op of a site run dense: since the host says so, its call is too small, or it fails?
+"""Does an op of a site run dense: since the host says so or is gone, its call is too small, or it fails?
 
 A failure warns once and counts; strict raises.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -24,6 +25,9 @@ class SiteError(RuntimeError):
 
 def is_dense(query: Tensor, c: SiteConstants) -> bool:
     """Whether this call of a site is dense. If for its size, the context gets the reason."""
+    if c.host and not context.inside():
+        _warn_of_no_host()
+        return True
     call = context.current()
     if c.site not in call.dense and (reason := c.too_small(query, call.grid)):
         call.dense[c.site] = reason
@@ -53,6 +57,16 @@ def sparse_or_dense(
                     raise SiteError(f"svg_ear: {call.name_of(c.site)} failed: {error!r}") from error
                 _record_failure(call, c.site, error)
         return dense()
+
+
+@cache
+def _warn_of_no_host() -> None:
+    warnings.warn(
+        "svg_ear: compiled code runs without the part that decides each call, as after it was saved and loaded: its "
+        "attention is dense. Let torch.compile(model, backend='svg_ear') compile it in this process",
+        RuntimeWarning,
+        stacklevel=4,
+    )
 
 
 def _record_failure(call: context.Call, site: int, error: Exception) -> None:

@@ -38,7 +38,7 @@ _QKV = "Tensor query, Tensor key, Tensor value, Tensor? attn_mask"
 _CONSTANTS = (
     "float? scale, SymInt num_text, bool text_first, SymInt[] grid, str order, str routing, "
     "bool compensate, float? density, int seed, int site, int min_tokens=0, int min_frames=0, "
-    "int shards=1"
+    "int shards=1, bool host=False"
 )
 _PLAN = (
     "Tensor key_p, Tensor value_p, Tensor query_order, Tensor query_offsets, Tensor key_order, "

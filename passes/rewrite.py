@@ -98,6 +98,7 @@ def _replace(
             return _method(graph, "to", node, out_value.dtype, value=x.to(out_value.dtype))
 
         constants = ops.SiteConstants(
+            host=True,
             scale=None if call.scale is None else float(call.scale),
             num_text=length(site.layout.num_text),
             text_first=site.layout.text_first,

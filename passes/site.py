@@ -55,6 +55,10 @@ class Reason(Enum):
     TEXT = ("its tokens are text or conditioning, not video", "")
     SPLIT_TEXT = ("text or conditioning tokens lie on both sides of the video tokens, or among them", "")
     SCALE = ("its scale is computed in the graph", "")
+    SAVED = (
+        "code compiled to be saved (aot_compile) loses what decides each call",
+        "call what torch.compile returns; torch.compiler.save_cache_artifacts() makes a later compilation short",
+    )
     REPORT_ONLY = ("SVG_EAR=report: nothing is rewritten", "set SVG_EAR=1")
     OUR_FAILURE = ("the rewrite failed; this is a bug of svg-ear-compile", "please report the warning")
 

@@ -50,6 +50,15 @@ def announce(record: GraphRecord) -> None:
         warnings.warn(trouble, UserWarning, stacklevel=2)
 
 
+def not_stored() -> None:
+    """torch._dynamo.config.caching_precompile is on: a rewritten graph is left out of what it stores."""
+    if _first("not stored"):
+        log.warning(
+            "svg_ear: caching_precompile does not store graphs with sparse attention, since they would lose what "
+            "decides each call: another process compiles them anew, with the other caches of torch"
+        )
+
+
 def complaint(record: GraphRecord) -> str | None:
     """What to tell about a graph in which nothing was rewritten, if it matters; else None.
 

@@ -95,6 +95,10 @@ def _compile(
     """The compiled gm, and its plan: None if the rewritten graph was rejected and `graph` put back for it."""
     if plan is None:
         return inner(gm, example_inputs), None
+    if getattr(gm, "_backend_id", None) is not None:
+        # caching_precompile would store what inner returns, without what decides each call.
+        gm._backend_id = None  # type: ignore[assignment]
+        announce.not_stored()
     try:
         return inner(gm, list(example_inputs)), plan
     except Exception as error:
@@ -126,10 +130,11 @@ def _apply_passes(
         if found.outside and not records.has_attention_alone():
             record.other_attention.append(found.outside)
         sites = classify(whole, settings, example_inputs)
-        if resolved.switch == "report":
-            for site in sites:
-                if site.verdict.rewrite:
-                    site.verdict = Verdict(False, Reason.REPORT_ONLY)
+        saved = torch._functorch.config.bundled_autograd_cache  # aot_compile sets it
+        instead = Reason.REPORT_ONLY if resolved.switch == "report" else Reason.SAVED if saved else None
+        for site in sites:
+            if site.verdict.rewrite and instead is not None:
+                site.verdict = Verdict(False, instead)
         chosen = [site for site in sites if site.verdict.rewrite]
         plan = None
         if chosen:

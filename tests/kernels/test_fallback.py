@@ -14,7 +14,7 @@ from op_calls import CONSTANTS, B, inputs, lies_by_token, merged, three
 from torch import Tensor
 
 from svg_ear_compile.kernels import attention as cpu_kernels
-from svg_ear_compile.kernels import context, route
+from svg_ear_compile.kernels import context, fallback, route
 from svg_ear_compile.kernels.fallback import SiteError
 
 
@@ -128,3 +128,20 @@ def test_frames_of_this_call_count_where_the_graph_does_not_know_them() -> None:
     with context.active(call):
         merged(*inputs(70), None, CONSTANTS._replace(min_frames=2))
     assert call.dense == {3: "one frame"}
+
+
+@pytest.mark.parametrize("whole", [merged, three])
+def test_without_its_host_a_site_is_dense(whole: Callable[..., Tensor]) -> None:
+    """Compiled code that was saved and loaded in ways that lose what decides each call: one warning."""
+    fallback._warn_of_no_host.cache_clear()
+    tensors, c = inputs(70), CONSTANTS._replace(density=0.01, host=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        outs = [whole(*tensors, None, c) for _ in range(2)]
+    want = F.scaled_dot_product_attention(*tensors)
+    assert all(torch.equal(out, want) for out in outs)
+    assert [str(w.message).split(",")[0] for w in caught] == [
+        "svg_ear: compiled code runs without the part that decides each call"
+    ]
+    with context.active(context.Call()):
+        assert not torch.equal(whole(*tensors, None, c), want)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from svg_ear_compile.kernels import context
 from svg_ear_compile.passes.classify import classify
 from svg_ear_compile.passes.inputs import read_inputs
 from svg_ear_compile.passes.match import Matches, in_words, match
@@ -50,6 +51,16 @@ class Captured:
         return (*in_words(self.found.others), *filter(None, [self.found.outside]))
 
 
+def hosted(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Calls it within a context, as our backend does, so that its sites are sparse."""
+
+    def call(*args: Any) -> Any:
+        with context.active(context.Call()):
+            return run(*args)
+
+    return call
+
+
 @dataclass
 class Backend:
     """A torch.compile backend. inner: what runs a graph at last, by default its own forward."""
@@ -67,7 +78,7 @@ class Backend:
         self.captured.append(Captured(gm, graph, example_inputs, sites, inputs, names, found))
         if self.rewrites:
             gm.graph = rewrite(whole, sites, self.knobs)
-        return self.inner(gm, example_inputs)
+        return hosted(self.inner(gm, example_inputs))
 
     @property
     def sites(self) -> list[Site]:
