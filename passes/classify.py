@@ -100,9 +100,8 @@ def _site(
     least = settings.min_tokens or least_tokens(query)
     site = _make(index, call, kind, mask, _enough(tokens, least, evidence, query), layout)
     site.key_mask = key_mask
-    if is_symbolic(query.shape[2]):
-        site.min_tokens = least if least > 1 else 0
-        site.min_frames = 2 if evidence.frames_may_change else 0
+    site.min_tokens = least if is_symbolic(query.shape[2]) and least > 1 else 0
+    site.min_frames = 2 if evidence.frames_may_change else 0
     return site
 
 

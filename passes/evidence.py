@@ -46,7 +46,7 @@ class Answer(Enum):
 class Evidence:
     """What says that tokens are video, or that they are not, in words.
 
-    frames_may_change: the graph takes any length, so that a call may have one frame.
+    frames_may_change: the graph takes other numbers of frames too: any length, or values that nothing guards.
     """
 
     answer: Answer
@@ -116,7 +116,7 @@ def _from_tables(
     if grid is not None:
         size = f"rotary tables over {grid[0]} x {grid[1]} x {grid[2]} tokens"
         is_video = grid[0] > 1 or (any_length and _known_class(call))
-        return Evidence(Answer.VIDEO if is_video else Answer.NOT_VIDEO, size, any_length)
+        return Evidence(Answer.VIDEO if is_video else Answer.NOT_VIDEO, size, frames_may_change=True)
     if tables and is_sequence(tables, video_tokens):
         return Evidence(Answer.NOT_VIDEO, "its positions are those of a sequence, as of text")
     return None

@@ -7,6 +7,8 @@ gradient, is the same written out in its place, and then its attention is a site
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -15,6 +17,10 @@ from .sizes import example
 
 _REGIONS = {"tag_activation_checkpoint": 1, "invoke_subgraph": 2}
 """Operations that run a graph, their first argument, and how many arguments are not the graph's."""
+_WORDS = {
+    "tag_activation_checkpoint": "activation checkpointing",
+    "invoke_subgraph": "torch.compiler.nested_compile_region",
+}
 
 
 def inline_regions(gm: fx.GraphModule) -> fx.GraphModule:
@@ -36,7 +42,8 @@ def nested_attention(gm: fx.GraphModule) -> list[tuple[str, str, fx.Node]]:
         for body in _bodies(gm, node):
             name = str(getattr(node.target, "__name__", node.target))
             calls = body.graph.find_nodes(op="call_function", target=SDPA)
-            found += [(f"attention inside of {name}", _advice(name), call) for call in calls]
+            kind = f"attention inside of {_WORDS.get(name, name)}"
+            found += [(kind, _advice(name), call) for call in calls]
             found += nested_attention(body)
     return found
 
@@ -71,7 +78,7 @@ def _inline(graph: fx.Graph, node: fx.Node, path: str, body: fx.GraphModule) -> 
     """Writes the nodes of a body where a node runs it."""
     operands = iter(node.args[_REGIONS[node.target.__name__] :])  # type: ignore[union-attr]
     copies: dict[fx.Node, fx.Node] = {}
-    result = None
+    result: Any = None
     with graph.inserting_before(node):
         for inner in body.graph.nodes:
             if inner.op == "placeholder":

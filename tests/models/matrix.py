@@ -24,6 +24,8 @@ sound or images stays dense everywhere and is not listed.
 - mask: what of the attention mask becomes the key padding of the ops.
 - grid: where the frame grid is known from (regional: always the rotary tables).
 
+One frame is an image: such calls stay dense.
+
 Each model with rewritten attention is also run at density 0.3, against the fp64 joint softmax of the plans
 that the run used (`tests/models/test_plans.py`), with `inner="eager"`: by default one of each kind, one of
 them through Inductor; all of them with SVG_EAR_TEST_ALL_MODELS=1. All through Inductor, whole and regional:
