@@ -104,5 +104,7 @@ def expected(
 
 
 def said() -> set[str]:
-    """What the report says about steps; graphs that ran in earlier generations keep their words."""
-    return {graph.steps for graph in svg_ear_compile.report().graphs if graph.steps}
+    """What the report says about the steps of the generation that began last."""
+    graphs = [graph for graph in svg_ear_compile.report().graphs if graph.logs]
+    last = max(max(graph.logs) for graph in graphs)
+    return {graph.steps for graph in graphs if max(graph.logs) == last}
