@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from pipelines.tiny import Tiny, build, wan_transformer
 from torch import Tensor
-from toy import EAGER, compiled
+from toy import EAGER, ToyInputs, compiled
 
 import svg_ear_compile
 
@@ -25,6 +25,8 @@ SMALL = {"height": 32, "width": 32}
 
 Call = tuple[int, int, int, int]
 """(model, layer, branch, step)."""
+Model = Callable[..., Tensor]
+"""A compiled ToyVideo."""
 
 
 def make(
@@ -108,3 +110,26 @@ def said() -> set[str]:
     graphs = [graph for graph in svg_ear_compile.report().graphs if graph.logs]
     last = max(max(graph.logs) for graph in graphs)
     return {graph.steps for graph in graphs if max(graph.logs) == last}
+
+
+def views(steps: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """As `for t in scheduler.timesteps: ... t.expand(1)` has them."""
+    return [t.expand(1) for t in torch.linspace(1000, 980, steps).to(dtype)]
+
+
+def values(steps: int) -> list[Tensor]:
+    return [torch.tensor([float(t)]) for t in views(steps)]
+
+
+def word(model: Model, timesteps: Iterable[Any], calls: int = 1, batch: int = 1) -> str:
+    """A letter for each step: s where all of its calls were sparse, . where none was, ? otherwise."""
+    found = ""
+    for step, t in enumerate(timesteps):
+        before = svg_ear_compile.report().totals()["sparse_calls"]
+        for call in range(calls):
+            with torch.no_grad():
+                clip, _, text = ToyInputs()(seed=100 * step + call)
+                model(clip.expand(batch, -1, -1, -1, -1), t, text.expand(batch, -1, -1))
+        more = svg_ear_compile.report().totals()["sparse_calls"] - before
+        found += {0: ".", calls: "s"}.get(more, "?")
+    return found

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
-from pipelines.runs import DEFAULT_SCHEDULE, UNMEASURED, expected, in_threads, logged, said
+from pipelines.runs import (
+    DEFAULT_SCHEDULE,
+    UNMEASURED,
+    Model,
+    expected,
+    in_threads,
+    logged,
+    said,
+    values,
+    views,
+    word,
+)
 from torch import Tensor
 from toy import ToyInputs, ToyVideo, compiled
 
@@ -34,9 +44,6 @@ class PerToken(ToyVideo):
         return super().forward(hidden_states, timestep, encoder_hidden_states)
 
 
-Model = Callable[..., Tensor]
-
-
 @pytest.fixture(scope="module")
 def compiled_once() -> Iterator[Model]:
     torch._dynamo.reset()
@@ -50,29 +57,6 @@ def model(compiled_once: Model) -> Model:
     """Compiled, but no generation of it was begun."""
     clock.reset()
     return compiled_once
-
-
-def views(steps: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """As `for t in scheduler.timesteps: ... t.expand(1)` has them."""
-    return [t.expand(1) for t in torch.linspace(1000, 980, steps).to(dtype)]
-
-
-def values(steps: int) -> list[Tensor]:
-    return [torch.tensor([float(t)]) for t in views(steps)]
-
-
-def word(model: Model, timesteps: Iterable[Any], calls: int = 1, batch: int = 1) -> str:
-    """A letter for each step: s where all of its calls were sparse, . where none was, ? otherwise."""
-    found = ""
-    for step, t in enumerate(timesteps):
-        before = svg_ear_compile.report().totals()["sparse_calls"]
-        for call in range(calls):
-            with torch.no_grad():
-                clip, _, text = ToyInputs()(seed=100 * step + call)
-                model(clip.expand(batch, -1, -1, -1, -1), t, text.expand(batch, -1, -1))
-        more = svg_ear_compile.report().totals()["sparse_calls"] - before
-        found += {0: ".", calls: "s"}.get(more, "?")
-    return found
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
