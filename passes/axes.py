@@ -63,17 +63,29 @@ def main_atom(axis: Axis) -> Atom | None:
     return max(max(axis, key=part_size), key=lambda atom: atom.size) if axis else None
 
 
+@dataclass(frozen=True)
+class Gathered:
+    """How an axis came about: the shards of `ranks` ranks end to end, this process's being number `rank`."""
+
+    ranks: int
+    rank: int
+    shard: Axis
+
+
 class Axes:
     """What the walk found. of: per tensor node, its axes. aliases: other names of the same tokens.
 
     When a table over positions is multiplied onto hidden states, both axes run over the same tokens. The
     hidden states' axis goes on; the table's is remembered as an alias, for it may know the frame grid.
+    flat: the dimensions that lie in a flattened tensor. gathered: what ranks put together (axis_collectives.py).
     """
 
     def __init__(self) -> None:
         self.of: dict[fx.Node, tuple[Axis, ...]] = {}
         self.items: dict[fx.Node, list[tuple[Axis, ...] | None]] = {}
         self.aliases: dict[Axis, set[Axis]] = {}
+        self.flat: dict[fx.Node, tuple[Axis, ...]] = {}
+        self.gathered: dict[Axis, Gathered] = {}
 
     def fresh(
         self, node: fx.Node, dim: int, size: int, parent: Axis = (), key: Any = None, guess: bool = False
@@ -133,7 +145,7 @@ class Axes:
         for part in (part for axis in axes for part in axis):
             if part_size(part) == 0:
                 continue
-            last, this = (_cut_of(parts[-1]) if parts else None), _cut_of(part)
+            last, this = (cut_of(parts[-1]) if parts else None), cut_of(part)
             if last and this and last[0] == this[0] and last[2] == this[1]:
                 whole, low, high = last[0], last[1], this[2]
                 atom = parts[-1][0]
@@ -144,7 +156,8 @@ class Axes:
         return tuple(parts)
 
 
-def _cut_of(part: Part) -> tuple[Part, int, int] | None:
+def cut_of(part: Part) -> tuple[Part, int, int] | None:
+    """(the part, start, stop) that a piece was cut from; None for what is no piece."""
     key = part[0].key
     return key[1:] if len(part) == 1 and isinstance(key, tuple) and key[0] == "cut" else None
 

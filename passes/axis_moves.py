@@ -7,10 +7,12 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
 from .axes import Atom, Axes, Axis, axis_size
-from .sizes import shape
+from .axis_collectives import merged_ranks, shard_of
+from .sizes import example, hint, shape
 
 _AUGMENTED = {
     operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod,
@@ -36,7 +38,10 @@ def is_in_place(node: fx.Node) -> bool:
 
 
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+    """An argument by position or name. Under dynamic shapes even a dimension's number may be a node."""
+    value = node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+    known = hint(size) if isinstance(size := example(value), (int, torch.SymInt)) else None
+    return value if known is None else known
 
 
 def input_axes(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
@@ -82,6 +87,9 @@ def reshape_rule(axes: Axes, node: fx.Node) -> Found:
     source, sizes = input_axes(axes, node), shape(node)
     if not source or sizes is None:
         return None
+    source = axes.flat.get(argument(node, 0, "input"), source)
+    if len(sizes) == 1 < len(source):
+        axes.flat[node] = source
     if op_name(node) == "flatten":
         first, last = (
             argument(node, i, n, d) % len(source) for i, n, d in ((1, "start_dim", 0), (2, "end_dim", -1))
@@ -111,6 +119,10 @@ def _regroup(axes: Axes, node: fx.Node, source: Sequence[Axis], sizes: Sequence[
     """Axes whose sizes have one product, as dimensions of other sizes: merged, split, or both."""
     if len(sizes) == 1 and len(source) == 1:
         return list(source)
+    if len(source) == 2 and len(sizes) == 1 and (whole := merged_ranks(axes, *source)):
+        return [whole]
+    if len(source) == 1 and (shard := shard_of(axes, source[0], tuple(sizes))):
+        return [*shard]
     joined = [axis for axis in source if len(axis) > 1]
     if joined:  # a torch.cat cannot be merged with anything but dimensions of one
         keep = [axis_size(joined[0]) == size for size in sizes]

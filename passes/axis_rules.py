@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from .axes import Atom, Axes, Axis, axis_size, main_atom
+from .axis_collectives import exchange_rule, wait_rule
 from .axis_moves import (
     Found,
     argument,
@@ -217,6 +218,7 @@ RULES: dict[str, Callable[[Axes, fx.Node], Found]] = {
     **dict.fromkeys(("sum", "mean", "amax", "amin", "argmax", "any", "all"), _reduce),
     **dict.fromkeys(("layer_norm", "rms_norm", "group_norm", "softmax", "dropout", "type_as", "to"), _first),
     **dict.fromkeys(("index_copy", "index_add", "index_fill", "scatter", "scatter_add"), _scatter),
+    "all_to_all_single": exchange_rule, "wait_tensor": wait_rule,
     "view_as_complex": _as_complex, "view_as_real": _as_real,
     "baddbmm": baddbmm_rule, "einsum": einsum_rule,
     "stack": _stack, "unbind": _unbind, "getitem": _getitem, "setitem": _setitem, "linear": linear_rule,

@@ -65,7 +65,7 @@ def find_evidence(
     any_length = is_symbolic(example(call.query).shape[2])
     return (
         _from_shapes(axis, layout, any_length)
-        or _from_tables(call, example_inputs, video_tokens, any_length)
+        or _from_tables(call, layout, example_inputs, video_tokens, any_length)
         or _from_class(call)
         or Evidence(Answer.UNKNOWN, f"{video_tokens} tokens")
     )
@@ -105,19 +105,20 @@ def _rank(atom: Atom) -> int:
 
 
 def _from_tables(
-    call: AttentionNode, example_inputs: Sequence[object], video_tokens: int, any_length: bool
+    call: AttentionNode, layout: Layout, example_inputs: Sequence[object], video_tokens: int, any_length: bool
 ) -> Evidence | None:
     """From the values of rotary tables among the inputs: all that the graph of a single block has."""
-    places = rotary_placeholders(call.node.graph, {video_tokens})
+    of_share = video_tokens // layout.shards
+    places = rotary_placeholders(call.node.graph, {video_tokens, of_share})
     tables: list[Any] = [
         x for place in places if place < len(example_inputs) and _has_values(x := example_inputs[place])
     ]
-    grid = grid_from_rotary(tables, video_tokens) if tables else None
+    grid = grid_from_rotary(tables, video_tokens, layout.shards, layout.shard) if tables else None
     if grid is not None:
         size = f"rotary tables over {grid[0]} x {grid[1]} x {grid[2]} tokens"
         is_video = grid[0] > 1 or (any_length and _known_class(call))
         return Evidence(Answer.VIDEO if is_video else Answer.NOT_VIDEO, size, frames_may_change=True)
-    if tables and is_sequence(tables, video_tokens):
+    if tables and is_sequence(tables, of_share):
         return Evidence(Answer.NOT_VIDEO, "its positions are those of a sequence, as of text")
     return None
 

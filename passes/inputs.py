@@ -25,8 +25,13 @@ _NO_FUNCTION = re.compile(r"rand|bernoulli|dropout|multinomial|normal|poisson|ex
 
 def read_inputs(gm: fx.GraphModule, sites: Sequence[Site]) -> GraphInputs:
     """Finds the inputs that the host reads, for the sites that are rewritten."""
-    tokens = {site.q_hint - site.layout.text_hint for site in sites if site.verdict.rewrite}
-    return GraphInputs(rotary=tuple(rotary_placeholders(gm.graph, tokens)))
+    layouts = {site.q_hint - site.layout.text_hint: site.layout for site in sites if site.verdict.rewrite}
+    found = tuple(rotary_placeholders(gm.graph, set(layouts)))
+    shared = {tokens // layout.shards: layout for tokens, layout in layouts.items() if layout.shards > 1}
+    if found or not shared:
+        return GraphInputs(rotary=found)
+    layout = next(iter(shared.values()))
+    return GraphInputs(tuple(rotary_placeholders(gm.graph, set(shared))), layout.shards, layout.shard)
 
 
 def mask_arguments(mask: fx.Node) -> tuple[int, ...] | None:

@@ -8,17 +8,17 @@ there the grid is not in the graph, and the host reads it off the rotary tables 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
+from torch import Tensor
 
-from .axes import Atom, Axes, Axis, Part, part_size
+from .axes import Atom, Axes, Axis, Part, cut_of, part_size
 from .rotary import grid_from_rotary
-from .site import Layout
+from .site import GraphInputs, Layout
 from .sizes import Extent, example, shape
 from .sources import TEXT, is_activation, last_key
-
-__all__ = ["grid_from_rotary", "is_factorised", "is_packed_video", "read_layout", "video_parts"]
 
 
 def video_parts(axis: Axis) -> list[Part]:
@@ -48,6 +48,18 @@ def is_factorised(axis: Axis) -> bool:
 
 def read_layout(axes: Axes, axis: Axis) -> Layout | None:
     """The layout of a site's tokens; None if text lies on both sides of the video tokens or among them."""
+    gathered = axes.gathered.get(axis)
+    if gathered is None:
+        return _layout(axes, axis)
+    ranks, share = gathered.ranks, len(gathered.shard)
+    found = _layout(axes, axis) if len(axis) == 1 else _layout(axes, axis[:share], ranks)
+    if found is None or len(axis) not in (1, ranks * share):
+        return None
+    return replace(found, shards=ranks, shard=gathered.rank)
+
+
+def _layout(axes: Axes, axis: Axis, ranks: int = 1) -> Layout | None:
+    """axis: all tokens, or the share of the first of several ranks, whose parts are pieces of wholes."""
     video = video_parts(axis)
     if not video:
         return Layout()
@@ -57,12 +69,18 @@ def read_layout(axes: Axes, axis: Axis) -> Layout | None:
     if (before and after) or last - first + 1 != len(places):
         return None
     text = before or after
-    num_text = _length(text)
+    num_text = _length(text * ranks)
     if num_text is None:
         return None
-    grid, source = _grid(axes, video[0]) if len(places) == 1 else (None, "several videos laid end to end")
+    of_all = cut_of(video[0])[0] if ranks > 1 else video[0]  # type: ignore[index]
+    grid, source = _grid(axes, of_all) if len(places) == 1 else (None, "several videos laid end to end")
     words = ", ".join(f"{_root_name(part)} {'first' if before else 'last'}" for part in text)
     return Layout(num_text, bool(before), grid, words or "video only", source)
+
+
+def grid_reader(inputs: GraphInputs) -> Callable[[Sequence[Tensor], int], tuple[int, int, int] | None]:
+    """A function (rotary tables of a call, their rows) -> the frame grid of all tokens, or None."""
+    return lambda tables, rows: grid_from_rotary(tables, rows * inputs.shards, inputs.shards, inputs.shard)
 
 
 def _is_text(part: Part) -> bool:

@@ -111,6 +111,7 @@ def _replace(
             site=site.index,
             min_tokens=site.min_tokens,
             min_frames=site.min_frames,
+            shards=site.layout.shards,
         )
         mask = None if site.key_mask is None else _key_row(graph, copies[site.key_mask.node])
         qkv = (operand(call.query), operand(call.key), operand(call.value), mask)

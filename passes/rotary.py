@@ -4,6 +4,10 @@ A rotary table over a video has one row per token, tokens frame by frame and row
 with one coordinate only: columns of the width change from token to token, columns of the height every W
 tokens, columns of the time every H*W tokens. So the grid is the set of periods at which columns change.
 Graphs of single transformer blocks know the grid from nothing else.
+
+Under context parallelism a block gets the rows of its own rank's tokens only, which need be no whole frames. Their
+place among all tokens is known, so periods are counted from the first token of all. A rank that holds no more than a
+frame's worth of tokens does not see how long a frame is.
 """
 
 from __future__ import annotations
@@ -14,23 +18,30 @@ import torch
 from torch import Tensor
 
 
-def grid_from_rotary(tables: Sequence[Tensor], num_video_tokens: int) -> tuple[int, int, int] | None:
+def grid_from_rotary(
+    tables: Sequence[Tensor], num_video_tokens: int, shards: int = 1, shard: int = 0
+) -> tuple[int, int, int] | None:
     """(frames, height, width) in tokens, or None where the tables show no grid (text, one dimension).
 
-    tables: all rotary tables that a block receives, of any layout with one dimension of num_video_tokens;
-    others are ignored. An image gives frames = 1. Two small reads from the device.
+    tables: all rotary tables that a block receives, of any layout with one dimension of num_video_tokens, or of
+    num_video_tokens / shards: then they belong to share number `shard` of so many; others are ignored. An image
+    gives frames = 1. Two small reads from the device.
 
     In half precision neighbouring positions may round to one value, so a single column proves nothing: a
     period counts if some column changes at every multiple of it and nowhere else, and a grid if every column
     is a function of one of its coordinates.
     """
-    x = _columns(tables, num_video_tokens)
-    if x is None or num_video_tokens < 4:
+    x, start = _columns(tables, num_video_tokens), 0
+    if x is None and shards > 1 and num_video_tokens % shards == 0:
+        x = _columns(tables, num_video_tokens // shards)
+        start = shard * (num_video_tokens // shards)
+    if x is None or len(x) < 4:
         return None
-    candidates = _grids(_periods(x), num_video_tokens)
+    candidates = _grids(_periods(x, start), num_video_tokens)
+    candidates = [grid for grid in candidates if grid[1] * grid[2] < len(x) or len(x) == num_video_tokens]
     if not candidates:
         return None
-    fits = torch.stack([_fits(x, grid) for grid in candidates]).tolist()
+    fits = torch.stack([_fits(x, grid, start) for grid in candidates]).tolist()
     return next((grid for grid, fit in zip(candidates, fits, strict=True) if fit), None)
 
 
@@ -55,13 +66,27 @@ def _columns(tables: Sequence[Tensor], tokens: int) -> Tensor | None:
     return torch.cat([x.to(found[0].dtype) for x in found], dim=1) if found else None
 
 
-def _periods(x: Tensor) -> list[int]:
-    """Periods p > 1 for which some column of x changes at every multiple of p and nowhere else."""
+def _periods(x: Tensor, start: int) -> list[int]:
+    """Periods p > 1 for which some column of x changes at every multiple of p and nowhere else.
+
+    x: the rows from number `start` on. A column that changes once has no period yet: each that fits is given.
+    """
     changed = x[1:] != x[:-1]
-    place = torch.arange(1, len(x), device=x.device)[:, None]
-    first = torch.where(changed, place, len(x)).amin(0)
-    comb = changed == (place % first == 0)
-    return sorted({p for p in torch.where(comb.all(0), first, 0).tolist() if 1 < p < len(x)})
+    place = torch.arange(start + 1, start + len(x), device=x.device)[:, None]
+    first = torch.where(changed, place, start + len(x)).amin(0)
+    later = torch.where(changed & (place > first), place, start + len(x)).amin(0)
+    once = (changed.sum(0) == 1) & (first - start < len(x))
+    period = (later - first).clamp(min=1)
+    comb = (changed == (place % period == 0)).all(0) & (later < start + len(x))
+    found = set(torch.where(comb, period, 0).tolist())
+    for place_of in set(torch.where(once, first, 0).tolist()) - {0}:
+        low = max(place_of - start, start + len(x) - place_of)
+        found |= {p for p in _divisors(place_of) if p >= low}
+    return sorted(p for p in found if 1 < p < len(x))
+
+
+def _divisors(n: int) -> list[int]:
+    return [p for p in range(1, n + 1) if n % p == 0]
 
 
 def _grids(periods: list[int], tokens: int) -> list[tuple[int, int, int]]:
@@ -71,11 +96,12 @@ def _grids(periods: list[int], tokens: int) -> list[tuple[int, int, int]]:
     return videos + [(1, tokens // w, w) for w in sizes]
 
 
-def _fits(x: Tensor, grid: tuple[int, int, int]) -> Tensor:
-    """Whether every column of x is a function of one coordinate of the grid."""
-    t, h, w = grid
-    y = x.view(t, h, w, -1)
-    by_time = (y == y[:, :1, :1]).all(0).all(0).all(0)
-    by_height = (y == y[:1, :, :1]).all(0).all(0).all(0)
-    by_width = (y == y[:1, :1]).all(0).all(0).all(0)
+def _fits(x: Tensor, grid: tuple[int, int, int], start: int) -> Tensor:
+    """Whether every column of x, the rows from number `start` on, is a function of one coordinate of the grid."""
+    _, h, w = grid
+    changed = x[1:] != x[:-1]
+    place = torch.arange(start + 1, start + len(x), device=x.device)[:, None]
+    by_time = ~(changed & (place % (h * w) != 0)).any(0)
+    by_height = ~(changed & (place % w != 0)).any(0) & (x[h * w :] == x[: -h * w]).all(0)
+    by_width = (x[w:] == x[:-w]).all(0)
     return (by_time | by_height | by_width).all()

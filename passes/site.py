@@ -99,6 +99,8 @@ class Layout:
 
     num_text and grid hold ints, or Extents (sizes.py) when shapes are dynamic; grid is (frames, height,
     width) in tokens, or None when it is not in the graph. sources say in words where each was read.
+    shards: the tokens are those of so many ranks end to end, each with its equal share of the video and of the
+    text; shard: the number of this process's share.
     """
 
     num_text: int | Extent = 0
@@ -106,6 +108,8 @@ class Layout:
     grid: tuple[int | Extent, int | Extent, int | Extent] | None = None
     text_source: str = "video only"
     grid_source: str = "unknown"
+    shards: int = 1
+    shard: int = 0
 
     @property
     def text_hint(self) -> int:
@@ -165,7 +169,9 @@ class Site:
 class GraphInputs:
     """Which positions of the compiled callable's arguments the host looks at before a call.
 
-    rotary: tables over token positions.
+    rotary: tables over token positions; of share number `shard` of `shards` ranks' tokens.
     """
 
     rotary: tuple[int, ...]
+    shards: int = 1
+    shard: int = 0

@@ -2,7 +2,8 @@
 
 - a product of a softmax of a product: softmax(q k^T * scale + bias) v, by matmul, bmm or einsum
 - torch.nn.MultiheadAttention and TransformerEncoderLayer, which Dynamo keeps as one call
-- flex_attention, and packages with kernels of their own
+- flex_attention, packages with kernels of their own, and the kernels of scaled_dot_product_attention called by name
+- ring attention, which joins the results of any of these over the keys of all ranks
 """
 
 from __future__ import annotations
@@ -19,11 +20,18 @@ _BETWEEN = {"to", "float", "half", "bfloat16", "type_as", "type", "contiguous", 
 _MULTIHEAD = {
     "multi_head_attention_forward", "_native_multi_head_attention", "_transformer_encoder_layer_fwd",
 }  # fmt: skip
-_PACKAGES = re.compile(r"flex_attention|flash_attn|sage_?attn|xformers|memory_efficient", re.IGNORECASE)
+_PACKAGES = re.compile(
+    r"flex_attention|flash_attn|sage_?attn|xformers|memory_efficient|_scaled_dot_product_\w+_attention",
+    re.IGNORECASE,
+)
 _CALL_SDPA = "only F.scaled_dot_product_attention is rewritten"
 _NATIVE = (
     'in diffusers, call model.set_attention_backend("native"); reset_attention_backend() leaves the other one in '
     "place for all models"
+)
+_ULYSSES = (
+    "no rank sees all keys at once: ContextParallelConfig(ulysses_degree=...) instead of ring_degree gives each rank "
+    "all tokens of its share of the heads"
 )
 
 
@@ -36,8 +44,16 @@ def unfused_attention(node: fx.Node) -> tuple[str, str] | None:
         return f"torch.nn's {name}", _CALL_SDPA
     if "mask" in name or not _PACKAGES.search(name):
         return None
+    if _is_ring(node):
+        return "ring attention", _ULYSSES
     chosen = "attention_dispatch.py" in (node.meta.get("stack_trace") or "")
     return name, _NATIVE if chosen else _CALL_SDPA
+
+
+def _is_ring(node: fx.Node) -> bool:
+    """Whether keys come from other ranks, and the log-sum-exp of an attention call is used: to join its results."""
+    gathers = any(op_name(n).startswith("all_gather") for n in node.graph.nodes)
+    return gathers and any(user.args[1:] == (1,) and user.users for user in node.users)
 
 
 def _is_written_out(last: fx.Node) -> bool:

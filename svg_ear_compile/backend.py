@@ -23,7 +23,7 @@ from . import announce, records
 from .kernels.choice import attention_kernel
 from .passes.classify import classify
 from .passes.inputs import mask_arguments, read_inputs
-from .passes.layout import grid_from_rotary
+from .passes.layout import grid_reader
 from .passes.match import in_words, match
 from .passes.rewrite import rewrite
 from .passes.site import KeyMask, Reason, Site, Verdict
@@ -204,7 +204,7 @@ def _call_plan(
         mask_ids=mask_ids,
         masks={number: source for number, source in sources.items() if source is not None},
         needs_grid=all(site.layout.grid is None for site in sites),
-        read_grid=grid_from_rotary,
+        read_grid=grid_reader(inputs),
     )
 
 

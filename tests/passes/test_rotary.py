@@ -87,3 +87,29 @@ def test_an_image_has_one_frame() -> None:
 def test_positions_in_another_order_are_no_grid() -> None:
     shuffle = torch.randperm(72, generator=torch.Generator().manual_seed(0))
     assert grid_from_rotary([table[:, shuffle] for table in wan(3, 4, 6)], 72) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shards", [2, 3, 5, 8])
+@pytest.mark.parametrize("make", [wan, hunyuan, ltx])
+def test_a_rank_with_more_than_a_frame_finds_the_grid_of_all(
+    make: Callable[..., tuple[Tensor, ...]], shards: int, dtype: torch.dtype
+) -> None:
+    grid = (9, 16, 15)  # 2160 tokens: 4.5, 3, 1.8 and 1.125 frames for a rank
+    for shard in range(shards):
+        tables = [x.to(dtype) for x in make(*grid)]
+        dim = next(d for d, n in enumerate(tables[0].shape) if n == 2160)
+        shares = [x.chunk(shards, dim)[shard] for x in tables]
+        assert grid_from_rotary(shares, 2160, shards, shard) == grid
+        assert grid_from_rotary(tables, 2160, shards, shard) == grid, "tables that are not shared"
+
+
+def test_a_rank_with_less_than_a_frame_finds_none() -> None:
+    tables = [x.chunk(12, 1)[5] for x in wan(9, 16, 15)]
+    assert grid_from_rotary(tables, 2160, 12, 5) is None
+
+
+def test_a_share_that_is_not_a_stretch_of_the_video_finds_none() -> None:
+    """As where each rank gets the first and the last of its stretches."""
+    tables = [torch.cat([x.chunk(8, 1)[1], x.chunk(8, 1)[6]], 1) for x in wan(9, 16, 15)]
+    assert grid_from_rotary(tables, 2160, 4, 1) is None
