@@ -36,6 +36,9 @@ def _activate(value: str) -> None:
         )
         return
     set_default_backend("svg_ear")
+    from .other_backends import watch
+
+    watch()
 
 
 def _warn(text: str) -> None:

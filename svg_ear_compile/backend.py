@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from torch._dynamo.eval_frame import innermost_fn
 from torch._dynamo.exc import ShortenTraceback, TorchDynamoException
 
-from . import announce, records
+from . import announce, other_backends, records
 from .kernels.choice import attention_kernel
 from .passes.classify import classify
 from .passes.inputs import mask_arguments, read_inputs
@@ -50,6 +50,7 @@ def svg_ear(
     options: Mapping[str, Any] | None = None,
 ) -> Compiled:
     """Compiles one Dynamo graph: torch.compile(model, backend="svg_ear", options={...})."""
+    other_backends.reached()
     resolved = resolve(options, os.environ, mode)
     inner = _inner(resolved)
     if resolved.switch == "off":

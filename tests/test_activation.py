@@ -11,11 +11,11 @@ import pytest
 BACKEND = "import torch; from torch._dynamo.backends.registry import get_default_backend as g; print(g())"
 
 
-def python(code: str, *flags: str, **environ: str) -> tuple[str, str]:
+def python(code: str, *arguments: str, flags: tuple[str, ...] = (), **environ: str) -> tuple[str, str]:
     """stdout and stderr of a process that must succeed. SVG_EAR_* of this process are not passed on."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("SVG_EAR")}
     done = subprocess.run(
-        [sys.executable, *flags, "-c", code],
+        [sys.executable, *flags, "-c", code, *arguments],
         env={**clean, **environ},
         capture_output=True,
         text=True,
@@ -41,7 +41,7 @@ def test_default_backend(value: str, backend: str) -> None:
 
 @pytest.mark.parametrize("flags", [(), ("-W", "error")])
 def test_nonsense_is_a_warning_and_torch_works(flags: tuple[str, ...]) -> None:
-    out, err = python("import torch; print(torch.ones(1).item())", *flags, SVG_EAR="maybe")
+    out, err = python("import torch; print(torch.ones(1).item())", flags=flags, SVG_EAR="maybe")
     assert out == "1.0"
     assert "SVG_EAR='maybe' is ignored: allowed are 0, 1 and report" in err
 
@@ -69,3 +69,25 @@ def test_whatever_fails_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SVG_EAR", "1")
     with pytest.warns(RuntimeWarning, match=r"SVG_EAR=1 had no effect: RuntimeError\('no'\)"):
         activate()
+
+
+NAMED = """
+import sys, torch
+for backend in sys.argv[1:]:
+    torch.compile(lambda x: x + len(backend), backend=None if backend == "default" else backend)(torch.ones(3))
+    torch._dynamo.utils.counters.clear()
+"""
+
+
+@pytest.mark.parametrize(
+    ("backends", "told"), [(["eager", "default", "aot_eager", "aot_eager"], 1), (["eager", "default"], 0)]
+)
+def test_a_program_that_names_another_backend_is_told_once(backends: list[str], told: int) -> None:
+    _, err = python(NAMED, *backends, SVG_EAR="1", SVG_EAR_INNER="eager")
+    assert err.count("the program names another backend") == told
+    assert err.count("svg_ear") == 2 * told, "that line, and no other"
+
+
+def test_a_program_that_compiles_nothing_is_told_nothing() -> None:
+    _, err = python("import diffusers.models.transformers.transformer_wan", SVG_EAR="1", SVG_EAR_REPORT="1")
+    assert "svg" not in err
