@@ -175,7 +175,12 @@ def _give_up(record: GraphRecord, error: Exception, consequence: str) -> None:
         raise PassError(f"svg_ear: a graph was not rewritten, attention sites {names}: {error!r}") from error
     record.failure, record.kernels, reason = repr(error), [], Reason.OUR_FAILURE
     sentence = str(Verdict(False, reason, repr(error)))
-    failed: dict[str, Any] = {"rewritten": False, "reason": reason.name, "sentence": sentence, "hint": reason.hint}
+    failed: dict[str, Any] = {
+        "rewritten": False,
+        "reason": reason.name,
+        "sentence": sentence,
+        "hint": reason.hint,
+    }
     record.sites = [replace(site, **failed) if site in wanted else site for site in record.sites]
     text = f"svg_ear: a graph {consequence}, because of {error!r}"
     warnings.warn(text, RuntimeWarning, stacklevel=3)
