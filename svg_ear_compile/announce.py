@@ -6,9 +6,14 @@ import atexit
 import logging
 import os
 import sys
+import time
 import warnings
 from collections import Counter
+from collections.abc import Callable
+from typing import Any, TypeVar
 
+from torch import fx
+from torch._dynamo.utils import counters
 from torch._logging import trace_structured
 
 from .records import GraphRecord
@@ -20,12 +25,29 @@ log = logging.getLogger("svg_ear_compile")
 SHORT = 1024
 """Sequences without a sign of video that are shorter than this are nobody's video: no reason to speak."""
 
+_T = TypeVar("_T")
 _seen: set[object] = set()
 _paths: set[str] = set()
 
 
 def announce(record: GraphRecord) -> None:
-    """Tells about one compiled graph, everywhere it was asked for."""
+    """Tells about one compiled graph, everywhere it was asked for. A failure of ours is only counted, unless strict."""
+    try:
+        _announce(record)
+    except Warning:
+        raise  # python -W error
+    except Exception as error:
+        strict = record.resolved.settings.strict
+        if strict:
+            raise
+        record.count_fallback(f"announcing: {type(error).__name__}")
+        _warn_of_failure("a compiled graph was not announced", error)
+
+
+def _announce(record: GraphRecord) -> None:
+    found = counters["svg_ear"]
+    found["graphs"] += 1
+    found.update(site.reason for site in record.sites)
     if record.sites or record.other_attention or record.failure:
         text = str(report([record]))
         log.info("graph %s\n%s", record.number, text)
@@ -36,7 +58,7 @@ def announce(record: GraphRecord) -> None:
         )
         wanted = record.resolved.settings.report or record.resolved.switch == "report"
         if isinstance(wanted, str):
-            _write(wanted)
+            _write(wanted, record.resolved.settings.strict)
         elif wanted and _first(tuple(record.sites)):
             print(text, file=sys.stderr)
     trouble = complaint(record)
@@ -67,12 +89,8 @@ def complaint(record: GraphRecord) -> str | None:
     if record.rewritten() or record.resolved.switch != "on" or record.failure:
         return None
     if not record.sites and record.other_attention:
-        return (
-            "svg_ear found no scaled_dot_product_attention call to rewrite, but "
-            f"{', '.join(record.other_attention)}. If the model was set to another attention backend: in "
-            'diffusers, call model.set_attention_backend("native"); reset_attention_backend() leaves the '
-            "other one in place for all models"
-        )
+        others = "; ".join(record.other_attention)  # each with what to do about it
+        return f"svg_ear found no scaled_dot_product_attention call to rewrite, but {others}"
     missed = [
         site
         for site in record.sites
@@ -92,23 +110,44 @@ def _first(key: object) -> bool:
     return new
 
 
-def _write(path: str) -> None:
+def _warn_of_failure(what: str, error: Exception) -> None:
+    """Once for each kind of error."""
+    if _first((what, type(error))):
+        warnings.warn(f"svg_ear: {what} because of {error!r}", RuntimeWarning, stacklevel=2)
+
+
+def _write(path: str, strict: bool) -> None:
     """Writes the report on all graphs now, and once more at exit, when it holds the run's counts."""
     if not _paths:
         atexit.register(_write_all)
     _paths.add(path)
-    _write_all()
+    _write_all(strict)
 
 
-def _write_all() -> None:
-    current = report()
-    if not current.sites:
-        return  # at exit the model may be gone: what was written while it lived is better
+def _write_all(strict: bool = False) -> None:
     try:
-        for path in _paths:
-            current.write(path)
-    except OSError as error:
-        warnings.warn(f"svg_ear: the report was not written: {error}", RuntimeWarning, stacklevel=2)
+        current = report()
+        if current.sites:  # at exit the model may be gone: what was written while it lived is better
+            for path in _paths:
+                current.write(path)
+    except Exception as error:
+        if strict:
+            raise
+        _warn_of_failure("the report was not written", error)
+
+
+def timed(step: Callable[..., _T], *args: Any) -> _T:
+    """step(*args); its time goes to the log, for TORCH_LOGS="+svg_ear_compile"."""
+    begin = time.perf_counter()
+    out = step(*args)
+    log.debug("svg_ear: %s took %.1f ms", step.__name__, 1e3 * (time.perf_counter() - begin))
+    return out
+
+
+def log_graph(when: str, gm: fx.GraphModule) -> None:
+    """The graph as Python code goes to the log, for TORCH_LOGS="+svg_ear_compile"."""
+    if log.isEnabledFor(logging.DEBUG):
+        log.debug("svg_ear: the graph %s\n%s", when, gm.print_readable(print_output=False))
 
 
 def clear() -> None:

@@ -126,11 +126,12 @@ def _apply_passes(
     sites: list[Site] = []
     try:
         whole = inline_regions(gm)
-        found = match(whole.graph)
+        found = announce.timed(match, whole.graph)
+        announce.log.debug("svg_ear: graph %s has %s attention calls", record.number, len(found.calls))
         record.other_attention = in_words(found.others)
         if found.outside and not records.has_attention_alone():
             record.other_attention.append(found.outside)
-        sites = classify(whole, settings, example_inputs)
+        sites = announce.timed(classify, whole, settings, example_inputs)
         saved = torch._functorch.config.bundled_autograd_cache  # aot_compile sets it
         instead = Reason.REPORT_ONLY if resolved.switch == "report" else Reason.SAVED if saved else None
         for site in sites:
@@ -141,7 +142,9 @@ def _apply_passes(
         if chosen:
             plan = _call_plan(whole, example_inputs, chosen, record)
             record.kernels = _kernels(chosen, settings)
-            gm.graph = rewrite(whole, sites, settings)
+            announce.log_graph("before", gm)
+            gm.graph = announce.timed(rewrite, whole, sites, settings)
+            announce.log_graph("after", gm)
     except Exception as error:
         if _is_not_ours(error):
             raise

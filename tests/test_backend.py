@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from toy import EAGER, SPARSE, ToyInputs, ToyVideo, calls, compiled
 
 import svg_ear_compile
+from svg_ear_compile import announce
 from svg_ear_compile import backend as backend_module
 from svg_ear_compile.settings import SettingsError
 
@@ -269,3 +271,25 @@ def test_nothing_refers_to_weights_after_a_call(toy: ToyVideo, toy_inputs: ToyIn
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
     run(*toy_inputs(999))
+
+
+def test_counters_of_dynamo_hold_the_verdicts(toy: ToyVideo, toy_inputs: ToyInputs) -> None:
+    torch._dynamo.utils.counters.clear()
+    compiled(toy, EAGER)(*toy_inputs())
+    assert torch._dynamo.utils.counters["svg_ear"] == {"graphs": 1, "REWRITTEN": 2, "CROSS": 2}
+
+
+def test_the_log_shows_times_matches_and_graphs(
+    toy: ToyVideo, toy_inputs: ToyInputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(announce.log, "isEnabledFor", lambda level: True)
+    monkeypatch.setattr(announce.log, "debug", lambda text, *args, **_: said.append(text % args))
+    compiled(toy, EAGER)(*toy_inputs())
+    text = "\n".join(said)
+    for step in ("match", "classify", "rewrite"):
+        assert re.search(rf"svg_ear: {step} took \d+\.\d ms", text)
+    assert "graph 0 has 4 attention calls" in text
+    before, after = text.split("svg_ear: the graph after")
+    assert "torch._C._nn.scaled_dot_product_attention" in before.split("svg_ear: the graph before")[1]
+    assert after.count("torch.ops.svg_ear.attention.default") == 2

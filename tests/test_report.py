@@ -236,8 +236,14 @@ def test_what_is_worth_a_complaint(record: GraphRecord, expected: str | None) ->
 
 def test_another_attention_backend_is_named() -> None:
     record = graph()
-    record.other_attention = ["flex_attention"]
-    assert 'set_attention_backend("native")' in (announce.complaint(record) or "")
+    record.other_attention = [
+        "flex_attention (do this)",
+        "attention that is outside of the graphs (a hook; do that)",
+    ]
+    text = announce.complaint(record) or ""
+    assert text.endswith("but " + "; ".join(record.other_attention)), (
+        "the causes that are known, and no guess"
+    )
 
 
 def test_switched_on_by_the_environment_it_is_one_line(
