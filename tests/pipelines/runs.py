@@ -13,6 +13,7 @@ from torch import Tensor
 from toy import EAGER, ToyInputs, compiled
 
 import svg_ear_compile
+from svg_ear_compile.runtime.density import CallLog
 
 WHOLE, BLOCKWISE = "whole", "blockwise"
 DEFAULT_SCHEDULE = {
@@ -86,15 +87,17 @@ def in_threads(*works: Callable[[], Any]) -> list[Any]:
 
 def logged(last: int = 1) -> list[dict[Call, bool]]:
     """Which calls of the last few generations were sparse, the one that began last at the end."""
-    found: dict[int, dict[Call, bool]] = {}
+    found: dict[int, list[CallLog]] = {}
     for graph in svg_ear_compile.report().graphs:
         for number, logs in graph.logs.items():
-            for log in logs:
-                calls = found.setdefault(number, {})
-                call = (log.model, log.layer, log.branch, log.step)
-                assert call not in calls, f"two calls are {call}"
-                calls[call] = not log.decision.dense
-    return [found[number] for number in sorted(found)[-last:]]
+            found.setdefault(number, []).extend(logs)
+    return [_calls(found[number]) for number in sorted(found)[-last:]]
+
+
+def _calls(logs: list[CallLog]) -> dict[Call, bool]:
+    calls = {(log.model, log.layer, log.branch, log.step): not log.decision.dense for log in logs}
+    assert len(calls) == len(logs), "no two calls are one"
+    return calls
 
 
 def expected(

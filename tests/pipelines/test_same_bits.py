@@ -80,7 +80,7 @@ def after_an_interrupted_run(tiny: Tiny) -> Tensor:
 
 
 def around_the_steps_of_another(tiny: Tiny) -> Tensor:
-    return between(tiny, lambda beside: generate(beside, 2, seed=1, **SIZE))
+    return between(tiny, lambda beside: generate(beside, 1, seed=1, **SIZE))
 
 
 def in_another_thread(tiny: Tiny) -> Tensor:
