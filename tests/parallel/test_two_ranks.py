@@ -2,40 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
-
 import pytest
-import torch
+from parallel.worlds import Figures, two_processes
 
-Figures = dict[str, Any]
 GRID = (3, 16, 16)
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Figures]]:
     """By rank, what two_ranks.py found."""
-    folder = tmp_path_factory.mktemp("ranks")
-    script = Path(__file__).with_name("two_ranks.py")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("SVG_EAR")}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(folder)],
-            env=environment | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        for process in processes:
-            said, _ = process.communicate(timeout=600)
-            assert process.returncode == 0, said
-    finally:
-        for process in processes:
-            process.kill()
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return two_processes(tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("name", ["wan whole 1.0", "hunyuan_video fullgraph 1.0"])

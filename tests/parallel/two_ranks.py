@@ -1,7 +1,7 @@
-"""One of two processes that run diffusers' models together: `python two_ranks.py RANK FOLDER`.
+"""One of two processes that run diffusers' models together: `python two_ranks.py RANK FOLDER [cuda]`.
 
-Writes FOLDER/RANK.pt: by the name of a run, its figures (test_two_ranks.py says what they must be). All runs are in
-one process, since importing torch and diffusers takes longer than they do.
+Writes FOLDER/RANK.pt: by the name of a run, its figures (test_two_ranks.py and tests/gpu/test_two_gpus.py say what they
+must be). All runs are in one process, since importing torch and diffusers takes longer than they do.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ import svg_ear_compile
 from svg_ear_compile.kernels import cluster, planning, reference
 from svg_ear_compile.reports import Report
 
+DEVICE = "cuda" if "cuda" in sys.argv[3:] else "cpu"
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 GRID = (3, 16, 16)
 """768 tokens, of which each rank has a frame and a half."""
 DENSE = {**EAGER, "min_tokens": 1, "density": 1.0}
@@ -41,21 +43,36 @@ def compiled(model: nn.Module, way: str, **how: Any) -> Callable[..., Any]:
     return model
 
 
-def alone(name: str) -> Tensor:
-    """What the model gives in one process."""
+def placed(name: str, dtype: torch.dtype = DTYPE) -> tuple[nn.Module, dict[str, Any]]:
+    """A tiny model and the arguments of a call, where and as precise as they run."""
     model, call = tiny(name, GRID)
-    return model(**call)[0]
+    for key, value in call.items():
+        if isinstance(value, Tensor):
+            call[key] = value.to(
+                DEVICE, dtype if value.is_floating_point() and value.dim() > 1 else value.dtype
+            )
+    return model.to(DEVICE, dtype), call
+
+
+def alone(name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What the model gives in one process."""
+    model, call = placed(name, dtype)
+    return model(**call)[0].float()
+
+
+def rounding(name: str) -> float:
+    return off(alone(name, DTYPE), alone(name))
 
 
 def together(name: str, way: str, options: dict[str, Any]) -> tuple[Tensor, Report]:
-    model, call = tiny(name, GRID)
+    model, call = placed(name)
     spread(model, ulysses_degree=2)
     out = compiled(model, way, backend="svg_ear", options=options)(**call)[0]
     return out, svg_ear_compile.report()
 
 
 def off(got: Tensor, expected: Tensor) -> float:
-    return ((got - expected).norm() / expected.norm()).item()
+    return ((got.float() - expected.float()).norm() / expected.float().norm()).item()
 
 
 def at_density_one(name: str, way: str) -> Figures:
@@ -63,7 +80,7 @@ def at_density_one(name: str, way: str) -> Figures:
     got, report = together(name, way, DENSE)
     totals = report.totals()
     calls = {key: totals[key] for key in ("sparse_calls", "dense_calls")}
-    return {"off": off(got, alone(name))} | calls
+    return {"off": off(got, alone(name)), "rounding": rounding(name)} | calls
 
 
 def at_density_03(name: str, way: str, patch: pytest.MonkeyPatch) -> Figures:
@@ -72,14 +89,15 @@ def at_density_03(name: str, way: str, patch: pytest.MonkeyPatch) -> Figures:
     got, report = together(name, way, SPARSE)
     grids = [graph.grid for graph in report.graphs]
     torch._dynamo.reset()
-    model, call = tiny(name, GRID)
+    model, call = placed(name)
     spread(model, ulysses_degree=2)
     truth = Truth(model, regional=False)
     truth.run = compiled(model, way, backend=truth.backend)
-    cubes = cluster.cubes(GRID, torch.device("cpu"))
+    cubes = cluster.cubes(GRID, torch.device(DEVICE))
     video = _video_places(kept[0].query_order.shape[-1], cubes)
     return {
         "off": off(got, truth(call, list(kept), reference.joint_softmax)),
+        "rounding": rounding(name),
         "off_if_dropped": off(got, truth(call, list(kept), dropped)),
         "plans": len(kept),
         "heads": {plan.query_order.shape[1] for plan in kept},
@@ -126,7 +144,11 @@ def when_one_rank_cannot_rewrite(patch: pytest.MonkeyPatch) -> Figures:
 
 
 def main(rank: int, folder: Path) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    if DEVICE == "cuda":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(
+        "nccl" if DEVICE == "cuda" else "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
+    )
     runs: dict[str, Callable[[pytest.MonkeyPatch], Figures]] = {
         "wan whole 1.0": lambda _: at_density_one("wan", "whole"),
         "hunyuan_video fullgraph 1.0": lambda _: at_density_one("hunyuan_video", "fullgraph"),

@@ -6,8 +6,12 @@ enough where only graphs are looked at.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -16,6 +20,29 @@ import torch.distributed as dist
 from models.tiny import build
 from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
+
+Figures = dict[str, Any]
+
+
+def two_processes(folder: Path, device: str = "cpu") -> list[dict[str, Figures]]:
+    """By rank, what two_ranks.py found."""
+    script = Path(__file__).with_name("two_ranks.py")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SVG_EAR")}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(rank), str(folder), device],
+            env=environment | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        for process in processes:
+            said, _ = process.communicate(timeout=600)
+            assert process.returncode == 0, said
+    finally:
+        for process in processes:
+            process.kill()
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
 @contextmanager
