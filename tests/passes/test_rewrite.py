@@ -77,7 +77,7 @@ def test_both_forms_are_equal() -> None:
     for form in forms:
         graph.gm.graph = form
         found.append(hosted(graph.gm)(*graph.example_inputs)[0])
-    torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(found[0], found[1])  # by what PyTorch allows float32: one softmax against two
     assert not torch.allclose(found[0], joint(clip, words), atol=1e-4), "blocks were skipped"
 
 
