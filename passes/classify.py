@@ -1,7 +1,7 @@
 """Is an attention call rewritten, or why does it stay dense? One Site with a Verdict for each.
 
 Self attention is recognised by where its tokens come from: query, key and value must run over the same
-tokens (axes.py). Equal lengths prove nothing. What the kernels cannot do keeps a site dense, and so does
+tokens (provenance/). Equal lengths prove nothing. What the kernels cannot do keeps a site dense, and so does
 missing evidence of video (evidence.py), unless the user names the module.
 
 `sites=` holds patterns of module paths (fnmatch; `*` also matches dots). A graph of a single block knows
@@ -22,14 +22,14 @@ from typing import Protocol
 import torch
 from torch import fx
 
-from .axes import Axes, Axis, axis_size
-from .axis_rules import trace_axes
 from .evidence import OTHER_TOKENS, Answer, Evidence, find_evidence
 from .fx_utils import without_numbers
 from .graph_break_hint import break_before, is_resumed
 from .layout import is_factorised, read_layout, video_parts
 from .masks import read_mask
 from .match import AttentionNode, match
+from .provenance.axes import Axes, Axis, axis_size
+from .provenance.rules import trace_axes
 from .site import Layout, Reason, Site, Verdict
 from .sizes import example, hint, is_symbolic, shape, shown
 from .sources import last_key

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from .axes import Atom, Axis, Part
 from .layout import is_packed_video, video_parts
 from .match import AttentionNode
+from .provenance.axes import Atom, Axis, Part
 from .rotary import grid_from_rotary, is_sequence
 from .site import Layout
 from .sizes import Extent, example, is_symbolic, shape

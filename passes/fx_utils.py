@@ -1,16 +1,45 @@
-"""What do graphs of Dynamo have in common with any other? Copies of them, and the modules around a node."""
+"""What does everybody need who reads a graph? Names and arguments of nodes, the modules around them, copies."""
 
 from __future__ import annotations
 
+import operator
 import re
 from copy import copy
+from typing import Any
 
 import torch
 from torch import fx
 
-from .axis_moves import is_in_place
+from .sizes import example, hint
 
 SDPA = torch.nn.functional.scaled_dot_product_attention
+_AUGMENTED = {
+    operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod,
+    operator.ipow, operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift,
+    operator.imatmul,
+}  # fmt: skip
+
+
+def op_name(node: fx.Node) -> str:
+    """'reshape' for a method, a torch function and an aten op alike."""
+    if isinstance(node.target, str):
+        return node.target
+    return getattr(node.target, "__name__", str(node.target)).partition(".")[0]
+
+
+def is_in_place(node: fx.Node) -> bool:
+    """Whether an operation writes into its first argument: x[i] = y, x.add_(y), x += y."""
+    name = op_name(node)
+    if getattr(node.target, "__module__", "") == "_operator":
+        return name == "setitem" or node.target in _AUGMENTED
+    return name.endswith("_") and not name.endswith("__")
+
+
+def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument by position or name. Under dynamic shapes even a dimension's number may be a node."""
+    value = node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+    known = hint(size) if isinstance(size := example(value), (int, torch.SymInt)) else None
+    return value if known is None else known
 
 
 def module_stack(node: fx.Node) -> list[tuple[str, str]]:

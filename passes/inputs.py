@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from .axis_moves import is_in_place, op_name
 from .evidence import rotary_placeholders
+from .fx_utils import is_in_place, op_name
 from .site import GraphInputs, Site
 from .sizes import example, hint
 

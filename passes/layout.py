@@ -1,6 +1,6 @@
 """Where do the text tokens of a site lie, and which frame grid do its video tokens form?
 
-Read off the token axis of the query (axes.py): parts that stem from encoder_hidden_states or the like are
+Read off the token axis of the query (provenance/): parts that stem from encoder_hidden_states or the like are
 text; a video part of three atoms is a grid (frames, height, width), because some reshape merged exactly
 these three dimensions, whatever the patch embedding was. Graphs of single blocks get their tokens packed:
 there the grid is not in the graph, and the host reads it off the rotary tables (rotary.py).
@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .axes import Atom, Axes, Axis, Part, cut_of, part_size
+from .provenance.axes import Atom, Axes, Axis, Part, cut_of, part_size
 from .rotary import grid_from_rotary
 from .site import GraphInputs, Layout
 from .sizes import Extent, example, shape

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .axis_moves import argument, op_name
+from .fx_utils import argument, op_name
 from .match import AttentionNode
 from .site import KeyMask, Reason
 from .sizes import example, hint, is_tensor, shape, shown

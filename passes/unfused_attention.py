@@ -12,7 +12,7 @@ import re
 
 from torch import fx
 
-from .axis_moves import argument, op_name
+from .fx_utils import argument, op_name
 from .sizes import example, is_tensor
 
 _PRODUCTS = {"matmul", "bmm", "__matmul__", "einsum", "baddbmm"}

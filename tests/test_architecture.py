@@ -12,6 +12,7 @@ PACKAGE = "svg_ear_compile"
 FOLDERS = {
     PACKAGE: ROOT / PACKAGE,
     f"{PACKAGE}.passes": ROOT / "passes",
+    f"{PACKAGE}.passes.provenance": ROOT / "passes" / "provenance",
     f"{PACKAGE}.kernels": ROOT / "kernels",
 }
 MODULES = {
@@ -48,21 +49,24 @@ def ours(names: set[str], folder: str) -> set[str]:
 def test_arrows(name: str) -> None:
     package, _, stem = name.rpartition(".")
     names = imports(name, MODULES[name])
-    root, passes, kernels = (ours(names, folder) for folder in FOLDERS)
+    root, passes, provenance, kernels = (ours(names, folder) for folder in FOLDERS)
 
     is_triton = package == f"{PACKAGE}.kernels" and stem.startswith("triton_")
     assert is_triton or not within(names, "triton"), "triton is imported by kernels/triton_*.py alone"
     if package == f"{PACKAGE}.passes":
         assert kernels <= {f"{PACKAGE}.kernels.ops"}, "passes see the kernels through their ops"
         assert root <= {f"{PACKAGE}.settings"}
+    elif package == f"{PACKAGE}.passes.provenance":
+        assert passes <= {f"{PACKAGE}.passes.{stem}" for stem in ("fx_utils", "sizes", "sources")}
+        assert not root | kernels
     elif package == f"{PACKAGE}.kernels":
         assert not within(names, "torch.fx")
         assert not within(names, "torch._dynamo")
         assert not within(names, "torch._inductor")
-        assert not passes
+        assert not passes | provenance
         assert not root
     elif stem != "backend":
-        assert passes <= {f"{PACKAGE}.passes.site"}, "backend.py alone knows all parts"
+        assert passes | provenance <= {f"{PACKAGE}.passes.site"}, "backend.py alone knows all parts"
         assert kernels <= {f"{PACKAGE}.kernels.context"}
     if stem == "settings":
         assert not root | passes | kernels

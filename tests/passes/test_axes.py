@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from models.graphs import captured, tokens, video
 from torch import Tensor
 
-from svg_ear_compile.passes.axes import Axis, part_size
-from svg_ear_compile.passes.axis_rules import trace_axes
+from svg_ear_compile.passes.provenance.axes import Axis, part_size
+from svg_ear_compile.passes.provenance.rules import trace_axes
 
 X = torch.randn(2, 12, 8)
 

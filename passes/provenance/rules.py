@@ -12,21 +12,21 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..fx_utils import argument, op_name
+from ..sizes import example, hint, is_tensor, shape
 from .axes import Atom, Axes, Axis, axis_size, main_atom
-from .axis_collectives import exchange_rule, wait_rule
-from .axis_moves import (
+from .collectives import exchange_rule, wait_rule
+from .moves import (
     Found,
-    argument,
     getattr_rule,
     input_axes,
     movedim_rule,
-    op_name,
     permute_rule,
     reshape_rule,
     squeeze_rule,
     transpose_rule,
 )
-from .axis_products import (
+from .products import (
     baddbmm_rule,
     conv_rule,
     einsum_rule,
@@ -35,7 +35,6 @@ from .axis_products import (
     matmul_rule,
     sdpa_rule,
 )
-from .sizes import example, hint, is_tensor, shape
 
 
 def _number(value: Any, default: int) -> int:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import fx
 
+from ..fx_utils import argument
+from ..sizes import shape
 from .axes import Axes
-from .axis_moves import Found, argument, input_axes
-from .sizes import shape
+from .moves import Found, input_axes
 
 
 def linear_rule(axes: Axes, node: fx.Node) -> Found:

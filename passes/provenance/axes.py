@@ -11,7 +11,7 @@ a part of three atoms is a frame grid; the other part is text, it comes last, an
 
 Graphs of Dynamo are not functional (rotary embeddings are written by setitem), so the walk goes forward, in
 order, and a setitem changes what is known about its target. All arithmetic is on hints: no guards.
-Rules for single operations are in axis_rules.py.
+Rules for single operations are in rules.py.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from typing import Any
 
 from torch import fx
 
-from .sizes import is_tensor
-from .sources import POSITIONS, is_activation, last_key
+from ..sizes import is_tensor
+from ..sources import POSITIONS, is_activation, last_key
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Axes:
 
     When a table over positions is multiplied onto hidden states, both axes run over the same tokens. The
     hidden states' axis goes on; the table's is remembered as an alias, for it may know the frame grid.
-    flat: the dimensions that lie in a flattened tensor. gathered: what ranks put together (axis_collectives.py).
+    flat: the dimensions that lie in a flattened tensor. gathered: what ranks put together (collectives.py).
     """
 
     def __init__(self) -> None:

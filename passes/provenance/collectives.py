@@ -18,8 +18,8 @@ from typing import Any
 
 from torch import fx
 
+from ..sizes import example, hint
 from .axes import Atom, Axes, Axis, Gathered, Part, axis_size, cut_of, part_size
-from .sizes import example, hint
 
 
 def exchange_rule(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
