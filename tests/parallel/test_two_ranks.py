@@ -35,6 +35,13 @@ def test_equals_the_joint_softmax_of_its_plans(ranks: list[dict[str, Figures]], 
         assert found["grids"].count(GRID) == 2, "of the graphs of both blocks"
 
 
+def test_fully_sharded_weights(ranks: list[dict[str, Figures]]) -> None:
+    for rank in ranks:
+        found = rank["wan FSDP2 1.0"]
+        assert found["off"] < 1e-6
+        assert found["sparse_calls"] == 2
+
+
 def test_a_rank_that_fails_is_dense_alone(ranks: list[dict[str, Figures]]) -> None:
     sparse, dense = (rank["one rank fails"] for rank in ranks)
     assert (sparse["fallbacks"], dense["fallbacks"]) == (0, 2)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import diffusers
 import pytest
 import torch
 from models.capture import Backend, Knobs, described, fresh_dynamo
 from parallel.worlds import fake_world, spread, tiny
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from toy import ToyInputs, ToyVideo
 
 GRID = (3, 4, 6)
 """Two ranks have a frame and a half each."""
@@ -80,3 +84,32 @@ def test_ulysses_anything_cannot_be_compiled_by_any_backend() -> None:
         spread(model, ulysses_degree=2, ulysses_anything=True)
         with pytest.raises(torch._dynamo.exc.TorchRuntimeError, match="all_to_all_single_any_qkv_async"):
             torch.compile(model, backend="eager")(**call)
+
+
+def test_tensor_parallel_attention_is_rewritten_on_its_share_of_the_heads() -> None:
+    """As torch's parallelize_module makes it. diffusers' TensorParallelConfig is for image models alone."""
+    backend = Backend(Knobs())
+    with fake_world(2), fresh_dynamo():
+        mesh = init_device_mesh("cpu", (2,))
+        model = ToyVideo(layers=1).eval()
+        for attention in (model.blocks[0].attn1, model.blocks[0].attn2):
+            attention.heads //= 2
+            projections = {f"to_{name}": ColwiseParallel() for name in "qkv"}
+            parallelize_module(attention, mesh, projections | {"to_out": RowwiseParallel()})
+        torch.compile(model, backend=backend, fullgraph=True)(*ToyInputs()())
+    assert [described(site) for site in backend.sites] == [
+        "blocks.0.attn1 self REWRITTEN 4x8x8", "blocks.0.attn2 cross CROSS 4x8x8",
+    ]  # fmt: skip
+    assert {site.heads for site in backend.sites} == {1}
+
+
+def test_which_video_models_diffusers_spreads_over_gpus() -> None:
+    """If this fails, docs/SEVERAL_GPUS.md has to name others."""
+    names = [name for name in dir(diffusers) if name.endswith(("Transformer3DModel", "OmniTransformer"))]
+    classes = {name: getattr(diffusers, name) for name in names}
+    planned = {name for name, kind in classes.items() if getattr(kind, "_cp_plan", None)}
+    assert planned == {
+        "ChronoEditTransformer3DModel", "HeliosTransformer3DModel", "LTX2VideoTransformer3DModel",
+        "LTXVideoTransformer3DModel", "MiniMaxH3Transformer3DModel", "WanTransformer3DModel",
+    }  # fmt: skip
+    assert not any(getattr(kind, "_tp_plan", None) for kind in classes.values())

@@ -21,6 +21,8 @@ import torch.distributed as dist
 from models.plans import Kept, Truth, dropped, skips
 from parallel.worlds import spread, tiny
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from toy import EAGER
 
 import svg_ear_compile
@@ -81,6 +83,18 @@ def at_density_one(name: str, way: str) -> Figures:
     totals = report.totals()
     calls = {key: totals[key] for key in ("sparse_calls", "dense_calls")}
     return {"off": off(got, alone(name)), "rounding": rounding(name)} | calls
+
+
+def fully_sharded() -> Figures:
+    """FSDP2: blocks are compiled first, since fully_shard gives their classes other names."""
+    model, call = placed("wan")
+    mesh = init_device_mesh(DEVICE, (2,))
+    compiled(model, "fullgraph", backend="svg_ear", options=DENSE)
+    for part in (*model.blocks, model):
+        fully_shard(part, mesh=mesh)
+    got = model(**call)[0]
+    calls = svg_ear_compile.report().totals()["sparse_calls"]
+    return {"off": off(got, alone("wan")), "rounding": rounding("wan"), "sparse_calls": calls}
 
 
 def at_density_03(name: str, way: str, patch: pytest.MonkeyPatch) -> Figures:
@@ -154,6 +168,7 @@ def main(rank: int, folder: Path) -> None:
         "hunyuan_video fullgraph 1.0": lambda _: at_density_one("hunyuan_video", "fullgraph"),
         "wan regional 0.3": lambda patch: at_density_03("wan", "regional", patch),
         "hunyuan_video fullgraph 0.3": lambda patch: at_density_03("hunyuan_video", "fullgraph", patch),
+        "wan FSDP2 1.0": lambda _: fully_sharded(),
         "one rank fails": when_one_rank_fails,
         "one rank cannot rewrite": when_one_rank_cannot_rewrite,
     }
