@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from parallel.worlds import Figures, two_processes
+from parallel.worlds import Figures, tiny, two_processes
+from toy import EAGER
+
+import svg_ear_compile
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
 
@@ -29,7 +32,29 @@ def test_equals_the_joint_softmax_of_its_plans(ranks: list[dict[str, Figures]], 
         assert (found["skips"], found["cubes"], found["text_exact"]) == (True, True, True)
 
 
+def test_fully_sharded_weights(ranks: list[dict[str, Figures]]) -> None:
+    for rank in ranks:
+        assert rank["wan FSDP2 1.0"]["off"] <= 2 * rank["wan FSDP2 1.0"]["rounding"]
+        assert rank["wan FSDP2 1.0"]["sparse_calls"] == 2
+
+
 def test_a_rank_that_fails_is_dense_alone(ranks: list[dict[str, Figures]]) -> None:
     sparse, dense = (rank["one rank fails"] for rank in ranks)
     assert (sparse["fallbacks"], dense["fallbacks"]) == (0, 2)
     assert sparse["off"] == dense["off"]
+
+
+@pytest.mark.usefixtures("fresh")
+def test_layers_of_one_model_on_two_gpus() -> None:
+    """device_map: one process, each layer where its weights are."""
+    accelerate = pytest.importorskip("accelerate")
+    model, call = tiny("wan", (3, 16, 16))
+    call = {key: x.cuda() if isinstance(x, torch.Tensor) else x for key, x in call.items()}
+    expected = model.cuda()(**call)[0]
+    first = ("rope", "patch_embedding", "condition_embedder", "blocks.0")
+    last = ("blocks.1", "norm_out", "proj_out", "scale_shift_table")
+    model = accelerate.dispatch_model(model, dict.fromkeys(first, 0) | dict.fromkeys(last, 1))
+    options = {**EAGER, "min_tokens": 1, "density": 1.0}
+    got = torch.compile(model, backend="svg_ear", options=options)(**call)[0]
+    assert svg_ear_compile.report().totals()["sparse_calls"] == 2
+    torch.testing.assert_close(got.cpu(), expected.cpu(), rtol=1e-4, atol=1e-4)
