@@ -121,7 +121,8 @@ def _may_loop(code: CodeType) -> bool:
             *code.co_cellvars,
         }  # in a step of a modular pipeline t is an argument
         schedules = {"timesteps", "block_state"} & {*code.co_varnames, *code.co_cellvars}
-        loops = code.co_varnames[:1] == ("self",) and "t" in made and bool(schedules)
+        is_method = code.co_varnames[:1] == ("self",) and code.co_name != "forward"  # whose tensors are large
+        loops = is_method and "t" in made and bool(schedules)
         if len(_seen) > 4096:
             _seen.clear()
         known = _seen[id(code)] = (code, loops)

@@ -126,7 +126,7 @@ class Generation:
             if calls.step != step:
                 calls.release()
 
-    def calls_of(self, model: nn.Module | None, graph: int) -> ModelCalls:
+    def calls_of(self, model: nn.Module | None, graph: Hashable) -> ModelCalls:
         """Those of a model; without one a graph is its own."""
         key = (graph,) if model is None else id(model)
         if key not in self._models:
@@ -302,7 +302,7 @@ def _current_told() -> _Told | None:
     return told
 
 
-def _own_clock(model: nn.Module | None, graph: int) -> Clock:
+def _own_clock(model: nn.Module | None, graph: Hashable) -> Clock:
     if getattr(_thread, "epoch", None) != _epoch:
         _thread.epoch, _thread.clocks, _thread.graphs = _epoch, WeakKeyDictionary(), {}
     clocks: Any = _thread.graphs if model is None else _thread.clocks
@@ -313,9 +313,9 @@ def _own_clock(model: nn.Module | None, graph: int) -> Clock:
     return clock
 
 
-def tick(caller: Caller, graph: int, limit: int | None = None) -> tuple[Generation, ModelCalls]:
+def tick(caller: Caller, graph: Hashable, limit: int | None = None) -> tuple[Generation, ModelCalls]:
     """A graph is called: in which generation, in which call of which model. Generation.step is where it stands.
-    limit: the setting num_steps."""
+    graph: what stays when a graph is compiled again. limit: the setting num_steps."""
     loop, line = caller.loop, -1
     name = (id(caller.layer), graph)
     if loop is not None:

@@ -110,7 +110,7 @@ class SparseCallable:
         """Fills the context."""
         plan, settings, record = self.plan, self.settings, self.record
         who = caller()
-        generation, calls = clock.tick(who, record.number, settings.num_steps)
+        generation, calls = clock.tick(who, tuple(self._places.values()), settings.num_steps)
         video = None if plan.video is None else args[plan.video]
         shape = None if video is None else tuple(video.shape[1:])
         device = next(x.device for x in args if isinstance(x, Tensor)) if video is None else video.device
