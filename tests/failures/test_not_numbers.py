@@ -53,7 +53,10 @@ def test_they_stay_where_they_are(masked: bool, merge: bool, preset: str) -> Non
 
 @pytest.mark.parametrize("preset", ["default", "svg_ear"])
 def test_hidden_keys_may_hold_anything(preset: str) -> None:
-    run = compiled(model, {**EAGER, "sites": "*", "density": 0.3, "preset": preset})
+    options = {**EAGER, "sites": "*", "density": 0.3, "preset": preset}
+    run = compiled(
+        model, {**options, "measure_every": 0}
+    )  # or heads would go by other forms after the first call
     mask = (torch.arange(LENGTH) < 260).expand(BATCH, 1, 1, -1)
     clean = run(packed(), mask)
     for bad in NOT_NUMBERS:
