@@ -18,6 +18,14 @@ from toy import ToyInputs, ToyVideo
 from svg_ear_compile.backend import reset
 
 
+@pytest.fixture(autouse=True)
+def attention_backend() -> Iterator[None]:
+    """diffusers makes a backend that was set on one model the default of all: put back after each test."""
+    yield
+    if dispatch := sys.modules.get("diffusers.models.attention_dispatch"):
+        dispatch._AttentionBackendRegistry.set_active_backend(dispatch.AttentionBackendName.NATIVE)
+
+
 @pytest.fixture
 def toy() -> ToyVideo:
     return ToyVideo().eval()

@@ -84,10 +84,7 @@ def test_a_backend_that_diffusers_forces() -> None:
 
     model, arguments = build("wan")
     model.set_attention_backend("_native_math")
-    try:
-        site = capture(model, arguments(3, 4, 6)).sites[0]
-    finally:
-        model.set_attention_backend("native")
+    site = capture(model, arguments(3, 4, 6)).sites[0]
     assert site.verdict.reason.name == "FORCED_BACKEND"
     assert site.verdict.hint == 'call model.set_attention_backend("native")'
 

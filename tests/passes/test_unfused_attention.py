@@ -112,11 +112,8 @@ def test_a_chosen_attention_backend(backend: str) -> None:
     model, arguments = build("wan")
     model.set_attention_backend(backend)
     found = Backend()
-    try:
-        with fresh_dynamo():
-            torch.compile(model, backend=found)(**arguments(3, 4, 6))
-    finally:
-        model.set_attention_backend("native")
+    with fresh_dynamo():
+        torch.compile(model, backend=found)(**arguments(3, 4, 6))
     others = [other for graph in found.captured for other in graph.others]
     if backend == "native":
         assert others == []

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers.models import attention_dispatch
 from torch import Tensor
 from toy import calls, compiled
 from ways.wan import DENSITY_1, LAYERS, ROUNDING, arguments, blockwise, error, wan
@@ -129,14 +128,6 @@ def test_int8_weights() -> None:
     assert calls() == (1, {"dense layers": 1})
 
 
-@pytest.fixture
-def backends(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A backend set on one model becomes the default of all: put back afterwards."""
-    registry = attention_dispatch._AttentionBackendRegistry
-    monkeypatch.setattr(registry, "_active_backend", registry._active_backend)
-
-
-@pytest.mark.usefixtures("backends")
 @pytest.mark.parametrize("backend", ["_native_math", "flex"])
 def test_another_attention_backend_is_dense_and_the_hint_helps(backend: str) -> None:
     expected, model = wan()(**arguments())[0], wan()
