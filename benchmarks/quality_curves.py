@@ -9,7 +9,7 @@ k-means is. What choosing the forms of heads takes (measuring.py) is counted, sp
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -85,19 +85,30 @@ class Times:
 
     def extra(self, density: float, splits: float, first_order: float, free: bool = False) -> float:
         """What the shares of heads in splits and with first-order terms add to the time of cubes, from
-        calls in which all heads are so; with splits that are made in one call of RESPLIT, as they are."""
-
-        def at(preset: str, column: int) -> float:
-            points = self._points[preset]
-            return float(np.interp(density, [p[0] for p in points], [p[column] for p in points]))
-
+        calls in which all heads are so; with splits that are made in one call of RESPLIT, as they are.
+        Beyond the densities of these calls it is what it is at the nearest."""
         found = 0.0
         if splits:
-            anew, again = at("splits", 2 if free else 1), at("splits", 2)
-            found += splits * (again + (anew - again) / RESPLIT - at("cubes", 2 if free else 1))
+            found += splits * self._beyond_cubes(
+                "splits",
+                density,
+                lambda whole, without: without + (0 if free else whole - without) / RESPLIT,
+                free,
+            )
         if first_order:
-            found += first_order * (at("first_order", 1) - at("cubes", 1))
+            found += first_order * self._beyond_cubes("first_order", density, lambda whole, _: whole, False)
         return found
+
+    def _beyond_cubes(
+        self, preset: str, density: float, taken: Callable[[float, float], float], free: bool
+    ) -> float:
+        """taken: from the times with and without clustering."""
+        differences = []
+        for at, whole, without in self._points[preset]:
+            cubes = self.call("cubes", at, free)
+            if cubes is not None:
+                differences.append((at, taken(whole, without) - cubes))
+        return float(np.interp(density, *zip(*differences, strict=True)))
 
 
 class Spread(NamedTuple):

@@ -8,13 +8,13 @@ and no operation is atomic: the same input gives the same bits.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import heads
 from .kmeans import kmeans
 from .places import Places
 from .splits import splits
@@ -45,7 +45,7 @@ def make_blocks(
     grid: tuple[int, ...] | None,
     seed: int,
     split_heads: Sequence[bool] = (),
-    remember: Remember = lambda device, key, make: make(),
+    remember: Remember | None = None,
     places: Places | None = None,
 ) -> tuple[Blocks, Tensor | None]:
     """Puts the tokens of x [B,H,L,D] into counts = (video, text) blocks; text blocks come last.
@@ -57,44 +57,25 @@ def make_blocks(
     heads go by splits. remember: keeps what cubes look like, which no tensor has a say in, for the next
     call. places: where video and text tokens lie, if not in one stretch each.
     Returns the blocks and what to carry on: for "kmeans" the centroids [B,H,C,D] float32, for heads that go
-    by splits the order of their video tokens [B,heads,n] int32.
+    by splits the order of their tokens [B,heads,L] int32.
     """
+    remember = remember or _make
     B, H, L, _ = x.shape
     n, first, device = L - num_text, num_text if text_first else 0, x.device
     lies = slice(first, first + n) if places is None else places.video
     seen = None if valid is None else valid[:, lies]
-    cubic = grid is not None and (order == "cubes" or (order == "auto" and not any(split_heads)))
-    ends: Tensor | None = None
-    state: Tensor | None = None
-    if grid is not None and cubic:
-        arranged = remember(device, grid, lambda: cubes(grid, device).view(1, 1, n))
-    elif order == "kmeans":
-        arranged, ends, state = kmeans(x[:, :, lies], seen, counts[0], carried, seed)
-    elif order in ("auto", "cubes", "splits"):
-        everywhere = order == "splits" or grid is None
-        runs = runs_of((True,) * H if everywhere else split_heads)
-        state, shape = carried, (B, runs[-1][1].stop, n)
-        if state is None or state.shape != shape or state.device != device:
-            state = torch.cat([splits(x[:, heads, lies], seen, block).int() for heads, _ in runs], dim=1)
-        if grid is None or everywhere:
-            arranged = state.long()
-        else:
-            arranged = remember(device, grid, lambda: cubes(grid, device).view(1, 1, n)).repeat(B, H, 1)
-            for heads, rows in runs:
-                arranged[:, heads] = state[:, rows].long()
-    else:
-        raise ValueError(f"unknown order {order!r}")
 
-    def slots() -> Tensor:
+    def with_text(video: Tensor) -> Tensor:
+        """Slot -> token of all, from the numbers [B or 1, H or 1, n] of video tokens in the order of their slots."""
         if places is None:
             text = torch.arange(num_text, device=device) + (0 if text_first else n)
-            video = arranged + first
+            video = video + first
         else:
-            text, video = places.other, places.video[arranged]
-        tokens = torch.cat([video, text.expand(*arranged.shape[:2], num_text)], dim=-1)
-        return _of_heads(tokens if valid is None else _masked_last(tokens, valid), B, H)
+            text, video = places.other, places.video[video]
+        return torch.cat([video, text.expand(*video.shape[:2], num_text)], dim=-1)
 
-    def offsets() -> Tensor:
+    def offsets(ends: Tensor | None = None) -> Tensor:
+        """ends: where the blocks of video tokens end, if these are no tiles."""
         n_video: int | Tensor = n
         n_text: int | Tensor = num_text
         if valid is not None and seen is not None:
@@ -105,24 +86,49 @@ def make_blocks(
         of_video = of_video.expand(*of_text.shape[:2], -1)
         return _of_heads(torch.cat([of_video, of_text], dim=-1), B, H)
 
-    if not cubic or valid is not None or (places is not None and places.name is None):
-        return Blocks(slots(), offsets()), state
-    same = (grid, num_text, text_first, B, H, places and places.name)
-    return Blocks(remember(device, same, slots), remember(device, (*same, block), offsets)), None
+    if order == "kmeans":
+        arranged, ends, state = kmeans(x[:, :, lies], seen, counts[0], carried, seed)
+        tokens = with_text(arranged)
+        return Blocks(
+            _of_heads(tokens if valid is None else _masked_last(tokens, valid), B, H), offsets(ends)
+        ), state
+    if order not in ("auto", "cubes", "splits"):
+        raise ValueError(f"unknown order {order!r}")
+
+    everywhere = order == "splits" or grid is None
+    named = (grid, L, num_text, text_first, B, H, places and places.name)
+    if places is not None and places.name is None:  # nothing says that they are the same in the next call
+        remember = _make
+    state = numbers = None
+    if everywhere or (order == "auto" and any(split_heads)):
+        if not everywhere:
+            chosen = tuple(split_heads)
+            numbers = remember(device, ("heads", chosen), lambda: heads.on_device(chosen, device)).numbers
+        state, count = carried, H if numbers is None else len(numbers)
+        if state is None or state.shape != (B, count, L) or state.device != device:
+            some = x if numbers is None else x.index_select(1, numbers)
+            state = _of_heads(with_text(splits(some[:, :, lies], seen, block)), B, count)
+
+    def boxes() -> Tensor:
+        assert grid is not None
+        return with_text(remember(device, grid, lambda: cubes(grid, device).view(1, 1, n)))
+
+    if numbers is not None and state is not None:
+        tokens = remember(device, named, lambda: _of_heads(boxes(), B, H)).index_copy(1, numbers, state)
+    elif state is not None:
+        tokens = state
+    elif valid is None:
+        tokens = remember(device, named, lambda: _of_heads(boxes(), B, H))
+    else:
+        tokens = boxes()
+    if valid is not None:
+        return Blocks(_of_heads(_masked_last(tokens.long(), valid), B, H), offsets()), state
+    return Blocks(tokens, remember(device, (*named, block), offsets)), state
 
 
-def runs_of(chosen: Sequence[bool]) -> list[tuple[slice, slice]]:
-    """Runs of successive chosen heads: (their numbers among all heads, their numbers among the chosen).
-
-    Slices need no copy to the device, which a CUDA graph could not record.
-    """
-    runs, number = [], 0
-    for wanted, run in itertools.groupby(range(len(chosen)), lambda head: chosen[head]):
-        heads = list(run)
-        if wanted:
-            runs.append((slice(heads[0], heads[-1] + 1), slice(number, number + len(heads))))
-            number += len(heads)
-    return runs
+def _make(device: torch.device, key: Hashable, make: Callable[[], Any]) -> Any:
+    """remember() of nothing."""
+    return make()
 
 
 def _of_heads(x: Tensor, B: int, H: int) -> Tensor:

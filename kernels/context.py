@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 _T = TypeVar("_T")
-# So many things are remembered at a time: the orders and offsets of a few resolutions.
-_REMEMBERED = 16
+# So many things are remembered at a time: the orders and offsets of a few resolutions, and which heads of each layer
+# go by splits or get first-order terms. An order is the largest: 12 MB at 720p.
+_REMEMBERED = 128
 
 
 @dataclass
@@ -115,8 +116,8 @@ class Call:
         key = (key, device)
         found: _T | None = self.fixed.get(key)
         if found is None:
-            if len(self.fixed) >= _REMEMBERED:
-                self.fixed.clear()
+            for oldest in [*self.fixed][: len(self.fixed) + 1 - _REMEMBERED]:
+                self.fixed.pop(oldest, None)  # another thread may have taken it out
             found = self.fixed[key] = make()
         return found
 

@@ -1,8 +1,9 @@
-"""How do the values of a block go with its keys?"""
+"""How do the values of a block go with its keys, and how much does each block weigh? (kernels/first_order.py)"""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -35,3 +36,16 @@ def covariances(
                 torch.mm(k[j].mT, v[j], out=found[b, i, j])
             found[b, i, : len(sizes)] /= sizes.clamp(min=1)[:, None, None]
     return found.nan_to_num_(0, 0, 0)
+
+
+def weights(
+    queries: Tensor, bias: Tensor, key_centroids: Tensor, heads: Tensor, scale: float, columns: int
+) -> Tensor:
+    """scale softmax_j(scale q_i.kc_j + bias_ij): [B,heads,m,columns], float32 here, of the keys' dtype on a GPU.
+
+    queries [B,H,m,D], bias [B,H,m,Ck] float32, key_centroids [B,H,Ck,D], heads [n]: which of the H. 0 behind
+    the last block, and in rows where nothing is skipped or anything is not finite.
+    """
+    q, k = (x[:, heads].float() for x in (queries, key_centroids))
+    shares = torch.softmax(scale * q @ k.mT + bias[:, heads], dim=-1).nan_to_num_(0)
+    return F.pad(scale * shares, (0, columns - bias.shape[-1]))

@@ -20,11 +20,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .cluster import runs_of
+from . import context
 from .dispatch import kernels_for
+from .heads import on_device
 from .plan import Plan, Terms
 
 # Bytes of the C_j, or of a few queries' M_i, of the heads that are computed at a time.
@@ -37,21 +37,27 @@ def terms(plan: Plan, scale: float, heads: Sequence[bool]) -> Terms | None:
     """Of the chosen heads [H]; None where none is."""
     if not any(heads):
         return None
-    runs, device = runs_of(heads), plan.key.device
-    places = torch.full((len(heads),), -1, dtype=torch.int32, device=device)
-    for among_all, among_chosen in runs:
-        places[among_all] = torch.arange(among_chosen.start, among_chosen.stop, device=device)
-    numbers = torch.cat([torch.arange(run.start, run.stop, device=device) for run, _ in runs])
-    return Terms(places, matrices(plan, scale, numbers))
+    device, named = plan.key.device, tuple(heads)
+    chosen = context.current().remember(device, ("heads", named), lambda: on_device(named, device))
+    return Terms(chosen.places, matrices(plan, scale, chosen.numbers))
 
 
 def matrices(plan: Plan, scale: float, heads: Tensor) -> Tensor:
     """M_i of heads [n]: [B,n,Cq,D,D], float32 on a CPU, else of the key's dtype."""
-    found = []
+    queries, covariance = plan.query_centroids, kernels_for(plan.key).covariance
+    out: Tensor | None = None
+    done = 0
     for some, covariances in _covariances(plan, heads):
-        queries, bias, keys = (x[:, some] for x in (plan.query_centroids, plan.bias, plan.key_centroids))
-        found.append(_weighted(queries, bias, keys, covariances, scale))
-    return torch.cat(found, dim=1)
+        columns = covariances.shape[2]
+        weights = covariance.weights(queries, plan.bias, plan.key_centroids, some, scale, columns)
+        if out is None:
+            out = covariances.new_empty((len(queries), len(heads), queries.shape[2], *covariances.shape[3:]))
+        for b in range(len(out)):  # each written where it belongs: together they are large
+            into = out[b, done : done + len(some)].flatten(-2)
+            torch.bmm(weights[b], covariances[b].flatten(-2), out=into)
+        done += len(some)
+    assert out is not None
+    return out
 
 
 def linear(query: Tensor, blocks: Tensor, plans: Sequence[Plan], scale: float) -> list[Tensor]:
@@ -65,10 +71,12 @@ def linear(query: Tensor, blocks: Tensor, plans: Sequence[Plan], scale: float) -
     centroids = torch.take_along_dim(plans[0].query_centroids, index, dim=2)
     biases = [torch.take_along_dim(plan.bias, index, dim=2) for plan in plans]
     found: list[list[Tensor]] = [[] for _ in plans]
+    covariance, keys = kernels_for(query).covariance, plans[0].key_centroids
     for some, covariances in _covariances(plans[0], torch.arange(H, device=query.device), 4 * B * n * D * D):
-        rows, keys = query[:, some, :, None].float(), plans[0].key_centroids[:, some]
+        rows = query[:, some, :, None].float()
         for bias, of_plan in zip(biases, found, strict=True):
-            m = _weighted(centroids[:, some], bias[:, some], keys, covariances, scale)
+            weights = covariance.weights(centroids, bias, keys, some, scale, covariances.shape[2])
+            m = (weights @ covariances.flatten(-2)).unflatten(-1, (D, D))
             of_plan.append((rows @ m.float())[..., 0, :])
     return [torch.cat(x, dim=1) for x in found]
 
@@ -84,11 +92,3 @@ def _covariances(plan: Plan, heads: Tensor, bytes_of_head: int = 0) -> Iterator[
     tensors = (plan.key, plan.value, plan.key_offsets, plan.key_centroids, plan.value_centroids)
     for some in heads.split(group):
         yield some, kernels_for(plan.key).covariance.covariances(*tensors, some, columns)
-
-
-def _weighted(queries: Tensor, bias: Tensor, keys: Tensor, covariances: Tensor, scale: float) -> Tensor:
-    """M_i [B,heads,m,D,D] of query centroids [B,heads,m,D] with biases [B,heads,m,Ck]; keys: centroids."""
-    logits = queries.float() @ keys.float().mT
-    weights = torch.softmax(scale * logits + bias, dim=-1).nan_to_num_(0)
-    weights = F.pad(scale * weights, (0, covariances.shape[2] - bias.shape[-1])).to(covariances.dtype)
-    return (weights @ covariances.flatten(-2)).unflatten(-1, (keys.shape[-1],) * 2)

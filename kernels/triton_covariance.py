@@ -5,6 +5,9 @@
 One program a block (and a part of the columns, where [D,D] would not fit into registers), 64 keys at a time;
 differences are rounded to the input's dtype, products summed in float32 in a fixed order. Bound by memory: it
 writes D rows for every 64 keys that it reads. Equals covariance.covariances.
+
+The weights of the blocks are a softmax over few columns: a program has ROWS rows of a head, and makes its logits
+twice, once for their sums. Equals covariance.weights.
 """
 
 from __future__ import annotations
@@ -56,6 +59,60 @@ def covariance_kernel(
     )  # fmt: skip
 
 
+@triton.jit
+def weights_kernel(
+    query_centroids, key_centroids, bias, heads, out, scale, H, Cq, Ck, n, columns,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    place, batch = tl.program_id(1), tl.program_id(2)
+    row = batch * H + tl.load(heads + place).to(tl.int64)
+    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, BLOCK_D)
+    is_row, wide = (i < Cq)[:, None], d < HEAD_DIM
+    q = tl.load(
+        query_centroids + (row * Cq + i[:, None]) * HEAD_DIM + d[None, :],
+        mask=is_row & wide[None, :],
+        other=0.0,
+    )
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    base = tl.zeros([ROWS], tl.float32)
+    for at in range(0, Ck, COLUMNS):
+        s = _logits(q, key_centroids, bias, row, i, at, d, scale, Cq, Ck, HEAD_DIM, COLUMNS, PRECISION)
+        before = base
+        top = tl.maximum(top, tl.max(s, 1))
+        base = tl.where(top == float("-inf"), 0.0, top)
+        before = tl.where(total == 0, 0.0, total * tl.exp(before - base))  # 0 x infinity
+        total = before + tl.sum(tl.exp(s - base[:, None]), 1)
+    share = tl.where(total > 0, scale / total, 0.0)
+    start = out + ((batch.to(tl.int64) * n + place) * Cq + i[:, None]) * columns
+    for at in range(0, columns, COLUMNS):
+        s = _logits(q, key_centroids, bias, row, i, at, d, scale, Cq, Ck, HEAD_DIM, COLUMNS, PRECISION)
+        w = tl.exp(s - base[:, None]) * share[:, None]
+        w = tl.where(w == w, w, 0.0)
+        j = at + tl.arange(0, COLUMNS)
+        tl.store(start + j[None, :], w.to(out.dtype.element_ty), mask=is_row & (j < columns)[None, :])
+
+
+@triton.jit
+def _logits(
+    q, key_centroids, bias, row, i, at, d, scale, Cq, Ck,
+    HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Of COLUMNS key blocks from `at` on; -inf behind the last."""
+    j = at + tl.arange(0, COLUMNS)
+    k = tl.load(
+        key_centroids + (row * Ck + j[:, None]) * HEAD_DIM + d[None, :],
+        mask=(j < Ck)[:, None] & (d < HEAD_DIM)[None, :], other=0.0,
+    )  # fmt: skip
+    b = tl.load(
+        bias + (row * Cq + i[:, None]) * Ck + j[None, :],
+        mask=(i < Cq)[:, None] & (j < Ck)[None, :], other=float("-inf"),
+    )  # fmt: skip
+    return scale * tl.dot(q, k.T, input_precision=PRECISION) + b
+
+
 def covariances(
     key: Tensor,
     value: Tensor,
@@ -75,6 +132,30 @@ def covariances(
         out, H, L, Ck, len(heads), columns, **options,
     )  # fmt: skip
     return out
+
+
+def weights(
+    queries: Tensor, bias: Tensor, key_centroids: Tensor, heads: Tensor, scale: float, columns: int
+) -> Tensor:
+    """[B,heads,m,columns] of the keys' dtype."""
+    B, H, m, D = queries.shape
+    out = key_centroids.new_empty((B, len(heads), m, columns))
+    options = weights_meta(D, key_centroids.dtype)
+    weights_kernel[(triton.cdiv(m, options["ROWS"]), len(heads), B)](
+        queries.contiguous(), key_centroids.contiguous(), bias.contiguous(), heads, out, scale, H, m,
+        bias.shape[-1], len(heads), columns, **options,
+    )  # fmt: skip
+    return out
+
+
+def weights_meta(head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
+    """The kernel's compile-time constants and launch options. Logits of float32 centroids are float32's."""
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    return {
+        "HEAD_DIM": head_dim, "BLOCK_D": block_d, "ROWS": 32, "COLUMNS": 64,
+        "PRECISION": "ieee" if dtype == torch.float32 else "tf32", "num_warps": 4, "num_stages": 2,
+        "enable_fp_fusion": True,
+    }  # fmt: skip
 
 
 def meta(head_dim: int, dtype: torch.dtype) -> dict[str, Any]:

@@ -80,3 +80,22 @@ def test_covariances_equal_the_formula(head_dim, dtype, equal):
     assert not found[:, :, -3:].any()
     error = (found.double() - expected).abs().max() / expected.abs().max()
     assert error < 4 * torch.finfo(dtype).eps + 2e-6
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float32], ids=str)
+@pytest.mark.parametrize("head_dim", [40, 128])
+def test_weights_of_blocks_equal_the_formula(head_dim, dtype):
+    triton_covariance = pytest.importorskip("svg_ear_compile.kernels.triton_covariance")
+    query, key, value = inputs(9001, head_dim, dtype)
+    plan = random_plan(query, key, value)
+    plan.bias[0, 0, 2] -= 300
+    plan.bias[0, 0, 3] = -torch.inf
+    plan.key_centroids[0, 1, 5] = torch.nan
+    heads, columns = torch.tensor([2, 0, 1], device="cuda"), plan.bias.shape[-1] + 3
+    arguments = 20 * plan.query_centroids, plan.bias, plan.key_centroids, heads, head_dim**-0.5, columns
+    found, expected = triton_covariance.weights(*arguments), covariance.weights(*arguments)
+    assert not found[0, 1, 3].any()
+    assert not found[0, 2].any()
+    assert not found[..., -3:].any()
+    error = (found.float() - expected).abs().max() / expected.abs().max()
+    assert error < torch.finfo(dtype).eps + 1e-5

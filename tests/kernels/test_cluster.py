@@ -7,7 +7,7 @@ import torch
 from clustered import is_permutation, radius, tokens
 from torch import Tensor
 
-from svg_ear_compile.kernels import cluster, kmeans, kmeans_steps, splits
+from svg_ear_compile.kernels import cluster, context, kmeans, kmeans_steps, splits
 from svg_ear_compile.kernels.plan import KEY_BLOCK, QUERY_BLOCK, block_counts
 
 CPU = torch.device("cpu")
@@ -40,6 +40,27 @@ def make(
 def coordinates(grid: tuple[int, ...], order: Tensor) -> Tensor:
     _, H, W = grid
     return torch.stack([order // (H * W), order // W % H, order % W], dim=-1)
+
+
+def test_what_is_remembered_changes_nothing() -> None:
+    """Other lengths, grids, texts, masks and heads take turns; none gets what is another's."""
+    call = context.Call()
+    lengths = ((273, "auto", GRID), (273, "splits", None), (150, "splits", None), (150, "auto", None))
+    heads = ((), (True, False, True), (False, True, False))
+    runs = [
+        (tokens(1, 3, L + num_text, 16), order, grid, num_text, chosen)
+        for L, order, grid in lengths for num_text in (0, 9) for chosen in heads
+    ]  # fmt: skip
+    for _ in range(2):
+        for x, order, grid, num_text, chosen in runs:
+            for valid in (None, torch.arange(x.shape[2])[None] < 140):
+                counts = block_counts(x.shape[2], num_text, order)[1]
+                how = (x, valid, counts, KEY_BLOCK, None, num_text, True, order, grid, 0, chosen)
+                found, expected = cluster.make_blocks(*how, call.remember), cluster.make_blocks(*how)
+                for a, b in zip((*found[0], found[1]), (*expected[0], expected[1]), strict=True):
+                    assert (a is None) == (b is None)
+                    assert a is None or torch.equal(a, b)
+    assert call.fixed
 
 
 @pytest.mark.parametrize(
@@ -308,7 +329,7 @@ def test_each_head_has_the_order_that_was_chosen_for_it(chosen: tuple[bool, ...]
         expected = by_splits if by_split else by_cubes
         assert torch.equal(mixed.order[:, head], expected.order[:, head])
     assert state is not None
-    assert state.shape == (2, sum(chosen), 273)
+    assert state.shape == (2, sum(chosen), 282)
 
 
 @pytest.mark.parametrize("order", ["auto", "splits"])

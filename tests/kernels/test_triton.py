@@ -126,6 +126,25 @@ if INTERPRETED:
         expected = covariance.covariances(*arguments, heads, columns)
         torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
 
+    @pytest.mark.parametrize("head_dim", [40, 64])
+    def test_weights_of_blocks(head_dim):
+        """Rows with much skipped, with nothing, with large logits, and next to something that is no number."""
+        query, key, value = inputs(4300, head_dim, heads=3)
+        plan = random_plan(query, key, value)
+        bias, keys = plan.bias.clone(), plan.key_centroids.clone()
+        assert bias.shape[-1] > 64, "more than one tile"
+        bias[0, 0, 3] = -math.inf
+        bias[0, 2, 1, :70] = -math.inf
+        bias[0, 0, 2] -= 300
+        keys[0, 1, 5] = math.nan
+        heads, columns = torch.tensor([2, 0, 1]), bias.shape[-1] + 5
+        arguments = 30 * plan.query_centroids, bias, keys, heads, SCALE, columns
+        found, expected = triton_covariance.weights(*arguments), covariance.weights(*arguments)
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
+        assert not found[0, 1, 3].any()
+        assert not found[0, 2].any()
+        assert not found[..., -5:].any()
+
     @pytest.mark.parametrize("equal", [True, False], ids=["tiles", "clusters"])
     @pytest.mark.parametrize(("head_dim", "n"), [(40, 45), (64, 7)])
     def test_planned_rows(head_dim, n, equal):

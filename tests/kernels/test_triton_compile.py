@@ -192,6 +192,9 @@ def test_covariance(tmp_path, capability):
             )
             kernel = compiled(triton_covariance.covariance_kernel, capability, dtype, options, types)
             check(kernel, tmp_path, capability, dtype, stack=8)  # two registers, outside of the loop
+            options, types = triton_covariance.weights_meta(head_dim, dtype), types | {"bias": "*fp32"}
+            kernel = compiled(triton_covariance.weights_kernel, capability, dtype, options, types)
+            check(kernel, tmp_path, capability, dtype)
 
 
 @pytest.mark.parametrize("capability", SMALL_KERNELS_ON, ids=str)
