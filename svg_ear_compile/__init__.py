@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .backend import svg_ear
-    from .reports import Report, report
+    from .reporting import Report, report
     from .runtime.clock import generation
     from .settings import Settings, SettingsError
 
 __all__ = ["Report", "Settings", "SettingsError", "generation", "report", "svg_ear"]
 
 _HOMES = {
-    "Report": "reports",
+    "Report": "reporting",
     "Settings": "settings",
     "SettingsError": "settings",
     "generation": "runtime.clock",
-    "report": "reports",
+    "report": "reporting",
     "svg_ear": "backend",
 }
 

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from torch._dynamo.eval_frame import innermost_fn
 from torch._dynamo.exc import ShortenTraceback, TorchDynamoException
 
-from . import announce, other_backends, records
+from . import other_backends
 from .kernels.choice import attention_kernel
 from .passes.classify import classify
 from .passes.inputs import mask_arguments, read_inputs
@@ -29,7 +29,7 @@ from .passes.rewrite import rewrite
 from .passes.site import KeyMask, Reason, Site, Verdict
 from .passes.sources import is_activation
 from .passes.subgraphs import inline_regions
-from .records import GraphRecord, SiteRecord
+from .reporting import GraphRecord, SiteRecord, diagnostics, records
 from .runtime import clock
 from .runtime.key_padding import MaskSource
 from .runtime.wrapper import CallPlan, SparseCallable
@@ -67,7 +67,7 @@ def svg_ear(
     # Dynamo keeps the innermost function; and a bound method (gm.forward) lives as long as its object.
     kept = innermost_fn(compiled)
     records.owned_by(record, getattr(kept, "__self__", kept))
-    announce.announce(record)
+    diagnostics.announce(record)
     return compiled
 
 
@@ -99,7 +99,7 @@ def _compile(
     if getattr(gm, "_backend_id", None) is not None:
         # caching_precompile would store what inner returns, without what decides each call.
         gm._backend_id = None  # type: ignore[assignment]
-        announce.not_stored()
+        diagnostics.not_stored()
     try:
         return inner(gm, list(example_inputs)), plan
     except Exception as error:
@@ -126,12 +126,12 @@ def _apply_passes(
     sites: list[Site] = []
     try:
         whole = inline_regions(gm)
-        found = announce.timed(match, whole.graph)
-        announce.log.debug("svg_ear: graph %s has %s attention calls", record.number, len(found.calls))
+        found = diagnostics.timed(match, whole.graph)
+        diagnostics.log.debug("svg_ear: graph %s has %s attention calls", record.number, len(found.calls))
         record.other_attention = in_words(found.others)
         if found.outside and not records.has_attention_alone():
             record.other_attention.append(found.outside)
-        sites = announce.timed(classify, whole, settings, example_inputs)
+        sites = diagnostics.timed(classify, whole, settings, example_inputs)
         saved = torch._functorch.config.bundled_autograd_cache  # aot_compile sets it
         instead = Reason.REPORT_ONLY if resolved.switch == "report" else Reason.SAVED if saved else None
         for site in sites:
@@ -142,9 +142,9 @@ def _apply_passes(
         if chosen:
             plan = _call_plan(whole, example_inputs, chosen, record)
             record.kernels = _kernels(chosen, settings)
-            announce.log_graph("before", gm)
-            gm.graph = announce.timed(rewrite, whole, sites, settings)
-            announce.log_graph("after", gm)
+            diagnostics.log_graph("before", gm)
+            gm.graph = diagnostics.timed(rewrite, whole, sites, settings)
+            diagnostics.log_graph("after", gm)
     except Exception as error:
         if _is_not_ours(error):
             raise
@@ -187,7 +187,7 @@ def _give_up(record: GraphRecord, error: Exception, consequence: str) -> None:
     record.sites = [replace(site, **failed) if site in wanted else site for site in record.sites]
     text = f"svg_ear: a graph {consequence}, because of {error!r}"
     warnings.warn(text, RuntimeWarning, stacklevel=3)
-    announce.log.debug(text, exc_info=error)
+    diagnostics.log.debug(text, exc_info=error)
 
 
 def _call_plan(
@@ -241,7 +241,7 @@ def reset() -> None:
     """What torch._dynamo.reset() calls: nothing of ours outlives it."""
     records.clear()
     clock.reset()
-    announce.clear()
+    diagnostics.clear()
 
 
 svg_ear.reset = reset  # type: ignore[attr-defined]

@@ -11,8 +11,8 @@ import torch
 from toy import EAGER, SPARSE, ToyInputs, ToyVideo, calls, compiled
 
 import svg_ear_compile
-from svg_ear_compile import announce
 from svg_ear_compile import backend as backend_module
+from svg_ear_compile.reporting import diagnostics
 from svg_ear_compile.settings import SettingsError
 
 pytestmark = pytest.mark.usefixtures("fresh")
@@ -283,8 +283,8 @@ def test_the_log_shows_times_matches_and_graphs(
     toy: ToyVideo, toy_inputs: ToyInputs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr(announce.log, "isEnabledFor", lambda level: True)
-    monkeypatch.setattr(announce.log, "debug", lambda text, *args, **_: said.append(text % args))
+    monkeypatch.setattr(diagnostics.log, "isEnabledFor", lambda level: True)
+    monkeypatch.setattr(diagnostics.log, "debug", lambda text, *args, **_: said.append(text % args))
     compiled(toy, EAGER)(*toy_inputs())
     text = "\n".join(said)
     for step in ("match", "classify", "rewrite"):

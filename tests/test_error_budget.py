@@ -13,8 +13,7 @@ from torch import Tensor
 
 import svg_ear_compile
 from svg_ear_compile import tiny_wan
-from svg_ear_compile.errors import CallError
-from svg_ear_compile.reports import Report
+from svg_ear_compile.reporting import CallError, Report
 
 pytest.importorskip("diffusers")
 LAYERS, TARGET = 8, 0.08
@@ -88,5 +87,5 @@ def test_print_errors(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_without_a_measurement_there_is_no_table(capsys: pytest.CaptureFixture[str]) -> None:
-    svg_ear_compile.reports.report([]).print_errors()
+    Report(()).print_errors()
     assert "no error was measured" in capsys.readouterr().out

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..kernels import context
 from ..passes.site import GraphInputs
-from ..records import GraphRecord
+from ..reporting.records import GraphRecord
 from ..settings import Settings
 from . import clock, key_padding
 from .caller import caller

@@ -16,10 +16,11 @@ from fuzz.graphs import Form, Model, forms
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
-from svg_ear_compile import backend, records
+from svg_ear_compile import backend
 from svg_ear_compile.kernels import planning, reference
 from svg_ear_compile.kernels.constants import SiteConstants
 from svg_ear_compile.kernels.plan import Plan
+from svg_ear_compile.reporting import records
 
 pytestmark = [
     pytest.mark.usefixtures("fresh"),

@@ -27,7 +27,7 @@ from toy import EAGER
 
 import svg_ear_compile
 from svg_ear_compile.kernels import cluster, planning, reference
-from svg_ear_compile.reports import Report
+from svg_ear_compile.reporting import Report
 
 DEVICE = "cuda" if "cuda" in sys.argv[3:] else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32

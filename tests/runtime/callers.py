@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from svg_ear_compile.kernels import context
 from svg_ear_compile.passes.site import GraphInputs
-from svg_ear_compile.records import GraphRecord, SiteRecord
+from svg_ear_compile.reporting import GraphRecord, SiteRecord
 from svg_ear_compile.runtime.key_padding import MaskSource
 from svg_ear_compile.runtime.wrapper import CallPlan, SparseCallable
 from svg_ear_compile.settings import resolve

@@ -13,8 +13,8 @@ from typing import Any
 
 from tabulate import tabulate
 
-from . import errors
-from .errors import CallError
+from . import accuracy
+from .accuracy import CallError
 from .records import GraphRecord, SiteRecord, live_records
 
 SCHEMA_VERSION = 3
@@ -65,16 +65,16 @@ class Report:
             "measured_density": _mean([s.measured_density for s in rewritten]),
             "executed_area": _mean([s.executed_area for s in rewritten]),
             "mean_density": _mean([s.mean_density for s in rewritten]),
-            **errors.summary(self.errors()),
+            **accuracy.summary(self.errors()),
             "fallbacks": dict(sum((graph.fallbacks for graph in self.graphs), Counter())),
         }
 
     def errors(self) -> list[CallError]:
         """Density, target and measured error of each layer at each step of its last generation."""
-        return [error for graph in self.graphs for error in errors.call_errors(graph)]
+        return [error for graph in self.graphs for error in accuracy.call_errors(graph)]
 
     def print_errors(self) -> None:
-        print(errors.table(self.errors()))
+        print(accuracy.table(self.errors()))
 
     def to_json(self) -> str:
         """The report as JSON; `schema` counts up whenever a key changes its meaning or goes away."""
@@ -96,7 +96,7 @@ class Report:
                     "grid": graph.grid,
                     "fallbacks": dict(graph.fallbacks),
                     "sites": sites,
-                    "errors": [asdict(error) for error in errors.call_errors(graph)],
+                    "errors": [asdict(error) for error in accuracy.call_errors(graph)],
                 }
             )
         about = {"schema": SCHEMA_VERSION, "svg_ear_compile": version("svg-ear-compile")}

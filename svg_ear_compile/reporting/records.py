@@ -1,4 +1,4 @@
-"""What is known about each compiled graph: decided at compile time, counted at run time, read by reports.py.
+"""What is known about each compiled graph: decided at compile time, counted at run time, read by table.py.
 
 A record holds plain values only (no graph, no weight) and lives as long as the compiled callable.
 """
@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .kernels.context import SiteTotals
-from .passes.site import Site
-from .runtime.density import CallLog
-from .settings import Resolved
+from ..kernels.context import SiteTotals
+from ..passes.site import Site
+from ..runtime.density import CallLog
+from ..settings import Resolved
 
 MAX_GENERATIONS = 8
 """Of so many generations calls are logged: of those that run at once in several threads."""

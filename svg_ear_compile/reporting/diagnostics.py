@@ -17,7 +17,7 @@ from torch._dynamo.utils import counters
 from torch._logging import trace_structured
 
 from .records import GraphRecord
-from .reports import report
+from .table import report
 
 log = logging.getLogger("svg_ear_compile")
 """TORCH_LOGS="+svg_ear_compile" shows it."""
