@@ -14,11 +14,8 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# The sources of passes/ and kernels/ lie beside the package they belong to: mypy gets the tree as installed.
 types: .venv/ready
-	@rm -rf .types && mkdir -p .types/svg_ear_compile
-	@ln -s $(CURDIR)/svg_ear_compile/* $(CURDIR)/passes $(CURDIR)/kernels .types/svg_ear_compile/
-	MYPYPATH=.types $(BIN)/mypy -p svg_ear_compile
+	$(BIN)/mypy -p svg_ear_compile
 
 # On a machine with a GPU, in an environment that has torch, triton and diffusers.
 gpu:
@@ -40,4 +37,4 @@ sanitize:
 	@touch $@
 
 clean:
-	rm -rf .venv .types .mypy_cache .ruff_cache .pytest_cache build *.egg-info outputs
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache build *.egg-info outputs

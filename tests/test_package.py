@@ -1,4 +1,4 @@
-"""What a wheel holds: ours under one name, the entry points, the package data."""
+"""What a checkout and a wheel hold: ours under one name, the entry points, the package data."""
 
 from __future__ import annotations
 
@@ -21,11 +21,19 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     for name in ("svg_ear_compile", "passes", "kernels"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", ".*_cache"))
+        ignored = shutil.ignore_patterns("__pycache__", ".*_cache")
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignored)
     build = "import setuptools.build_meta as b, sys; b.build_wheel(sys.argv[1])"
     subprocess.run([sys.executable, "-c", build, str(folder)], cwd=source, check=True, capture_output=True)
     (built,) = folder.glob("*.whl")
     return zipfile.ZipFile(built)
+
+
+@pytest.mark.skipif((ROOT / "svg_ear_compile" / "kernels").is_file(), reason="git made no symlinks")
+def test_a_checkout_is_a_package_without_an_install() -> None:
+    """-S: no site-packages, so no editable install helps."""
+    code = "import svg_ear_compile.kernels, svg_ear_compile.passes"
+    subprocess.run([sys.executable, "-S", "-c", code], cwd=ROOT, check=True)
 
 
 def test_everything_is_under_one_name(wheel: zipfile.ZipFile) -> None:
