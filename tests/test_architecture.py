@@ -1,80 +1,89 @@
-"""Which part may know which: the arrows of docs/DESIGN.md, read off the import statements."""
+"""Which part may know which: the arrows of docs/ARCHITECTURE.md, read off the import statements."""
 
 from __future__ import annotations
 
 import ast
-from pathlib import Path
+import subprocess
+import sys
 
 import pytest
+from docs_script import import_script
 
 import svg_ear_compile
 
-ROOT = Path(__file__).parents[1]
-PACKAGE = "svg_ear_compile"
-FOLDERS = {
-    PACKAGE: ROOT / PACKAGE,
-    f"{PACKAGE}.reporting": ROOT / PACKAGE / "reporting",
-    f"{PACKAGE}.runtime": ROOT / PACKAGE / "runtime",
-    f"{PACKAGE}.passes": ROOT / "passes",
-    f"{PACKAGE}.passes.provenance": ROOT / "passes" / "provenance",
-    f"{PACKAGE}.kernels": ROOT / "kernels",
-}
-MODULES = {
-    f"{package}.{path.stem}": path
-    for package, folder in FOLDERS.items()
-    for path in sorted(folder.glob("*.py"))
-}
-
-
-def imports(name: str, path: Path) -> set[str]:
-    """Full names of all modules (and of names that may be modules) that a file imports, wherever in it."""
-    package = name.rpartition(".")[0]
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            base = package.rsplit(".", node.level - 1)[0] if node.level else ""
-            module = ".".join(filter(None, [base, node.module]))
-            found |= {module} | {f"{module}.{alias.name}" for alias in node.names}
-    return found
+architecture = import_script("architecture")
+PACKAGE, MODULES, GRAPH = architecture.PACKAGE, architecture.modules(), architecture.between_files()
 
 
 def within(names: set[str], module: str) -> set[str]:
     return {name for name in names if name == module or name.startswith(module + ".")}
 
 
-def ours(names: set[str], folder: str) -> set[str]:
-    """Names of the modules of one folder of ours among imported names."""
-    return {module for module in MODULES if module.rpartition(".")[0] == folder and within(names, module)}
-
-
 @pytest.mark.parametrize("name", MODULES)
 def test_arrows(name: str) -> None:
-    package, _, stem = name.rpartition(".")
-    names = imports(name, MODULES[name])
-    root, reporting, runtime, passes, provenance, kernels = (ours(names, folder) for folder in FOLDERS)
+    names, stem = architecture.imports(name, MODULES[name]), name.rpartition(".")[2]
+    home = architecture.folder(name)
+    passes, kernels = (within(GRAPH[name], f"{PACKAGE}.{part}") for part in ("passes", "kernels"))
+    root = GRAPH[name] - passes - kernels
 
-    is_triton = package == f"{PACKAGE}.kernels" and stem.startswith("triton_")
-    assert is_triton or not within(names, "triton"), "triton is imported by kernels/triton_*.py alone"
-    if package == f"{PACKAGE}.passes":
+    is_triton = home.startswith("kernels") and stem.startswith(("triton", "hopper"))
+    assert is_triton or not within(names, "triton"), "triton is imported by triton and hopper files alone"
+    if home == "passes":
         assert kernels <= {f"{PACKAGE}.kernels.ops"}, "passes see the kernels through their ops"
         assert root <= {f"{PACKAGE}.settings"}
-        assert not reporting | runtime
-    elif package == f"{PACKAGE}.passes.provenance":
-        assert passes <= {f"{PACKAGE}.passes.{stem}" for stem in ("fx_utils", "sizes", "sources")}
-        assert not root | kernels | reporting | runtime
-    elif package == f"{PACKAGE}.kernels":
-        assert not within(names, "torch.fx")
-        assert not within(names, "torch._dynamo")
-        assert not within(names, "torch._inductor")
-        assert not passes | provenance
-        assert not root | reporting | runtime
+    elif home == "passes/provenance":
+        outside = {other for other in passes if architecture.folder(other) != home}
+        assert outside <= {f"{PACKAGE}.passes.{stem}" for stem in ("fx_utils", "sizes", "sources")}
+        assert not root | kernels
+    elif home.startswith("kernels"):
+        for part in ("torch.fx", "torch._dynamo", "torch._inductor"):
+            assert not within(names, part)
+        assert not passes | root
     elif stem != "backend":
-        assert passes | provenance <= {f"{PACKAGE}.passes.site"}, "backend.py alone knows all parts"
+        assert passes <= {f"{PACKAGE}.passes.site"}, "backend.py alone knows all parts"
         assert kernels <= {f"{PACKAGE}.kernels.context"}
     if stem == "settings":
-        assert not root | passes | kernels | reporting | runtime
+        assert not root | passes | kernels
+
+
+def test_the_kernels_of_the_papers_are_theirs() -> None:
+    """What presets svg_ear and svg2 need, nothing else imports but what chooses between them."""
+    importers = {name for name, others in GRAPH.items() if within(others, f"{PACKAGE}.kernels.papers")}
+    homes = {architecture.folder(name) for name in importers} - {"kernels/papers"}
+    assert homes <= {"kernels", "kernels/blocks", "kernels/routing"}
+
+
+def test_nothing_imports_in_a_circle() -> None:
+    assert architecture.circle(GRAPH) == []
+    assert architecture.circle(architecture.between_rooms(GRAPH)) == [], "neither files nor rooms"
+
+
+def test_the_picture_is_of_this_code() -> None:
+    assert architecture.PICTURE.read_text() == architecture.draw(GRAPH), "run python docs/architecture.py"
+
+
+def test_a_room_that_is_left_and_entered_again_has_floors() -> None:
+    graph = {f"{PACKAGE}.{name}": set() for name in ("backend", "settings", "runtime.wrapper")}
+    graph[f"{PACKAGE}.backend"] = {f"{PACKAGE}.runtime.wrapper"}
+    graph[f"{PACKAGE}.runtime.wrapper"] = {f"{PACKAGE}.settings"}
+    assert architecture.between_rooms(graph) == {
+        f"{PACKAGE}, floor 1": {f"{PACKAGE}/runtime"},
+        f"{PACKAGE}/runtime": {f"{PACKAGE}, floor 0"},
+        f"{PACKAGE}, floor 0": set(),
+    }
+    graph[f"{PACKAGE}.settings"] = {f"{PACKAGE}.backend"}
+    assert architecture.circle(graph) == sorted(graph)
+
+
+def test_the_walk_of_a_call_climbs_at_most_once() -> None:
+    """The op hands its sparse and its dense branch to the fallback, which calls one of them."""
+    command = [sys.executable, str(architecture.ROOT / "docs" / "walk.py")]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    phases = dict(line.split(": ") for line in text.strip().split("\n"))
+    climbs = {phase: int(figures.split()[-2]) for phase, figures in phases.items()}
+    assert list(climbs) == ["compiling", "around a call", "in the op"]
+    assert climbs["compiling"] == climbs["around a call"] == 0
+    assert climbs["in the op"] <= 1
 
 
 @pytest.mark.parametrize("stem", ["__init__", "activation"])
@@ -88,5 +97,5 @@ def test_what_every_import_of_torch_imports_is_nothing(stem: str) -> None:
 @pytest.mark.parametrize("name", svg_ear_compile.__all__)
 def test_no_module_takes_the_place_of_a_public_name(name: str) -> None:
     """Importing a submodule binds its name in the package: `svg_ear_compile.report` would become a module."""
-    assert f"{PACKAGE}.{name}" not in {*MODULES, *FOLDERS}
+    assert f"{PACKAGE}.{name}" not in {*MODULES, *(name.rpartition(".")[0] for name in MODULES)}
     assert getattr(svg_ear_compile, name).__name__ == name
