@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .backend import svg_ear
     from .reporting import Report, report
-    from .runtime.clock import generation
+    from .runtime.step_clock import generation
     from .settings import Settings, SettingsError
 
 __all__ = ["Report", "Settings", "SettingsError", "generation", "report", "svg_ear"]
@@ -24,7 +24,7 @@ _HOMES = {
     "Report": "reporting",
     "Settings": "settings",
     "SettingsError": "settings",
-    "generation": "runtime.clock",
+    "generation": "runtime.step_clock",
     "report": "reporting",
     "svg_ear": "backend",
 }

@@ -30,9 +30,9 @@ from .passes.site import KeyMask, Reason, Site, Verdict
 from .passes.sources import is_activation
 from .passes.subgraphs import inline_regions
 from .reporting import GraphRecord, SiteRecord, diagnostics, records
-from .runtime import clock
+from .runtime import step_clock
 from .runtime.key_padding import MaskSource
-from .runtime.wrapper import CallPlan, SparseCallable
+from .runtime.wrapper import RuntimePlan, SparseCallable
 from .settings import Resolved, Settings, resolve
 
 Compiled = Callable[..., Any]
@@ -90,9 +90,9 @@ def _compile(
     gm: fx.GraphModule,
     graph: fx.Graph,
     example_inputs: Sequence[Any],
-    plan: CallPlan | None,
+    plan: RuntimePlan | None,
     record: GraphRecord,
-) -> tuple[Compiled, CallPlan | None]:
+) -> tuple[Compiled, RuntimePlan | None]:
     """The compiled gm, and its plan: None if the rewritten graph was rejected and `graph` put back for it."""
     if plan is None:
         return inner(gm, example_inputs), None
@@ -120,7 +120,7 @@ def _compile(
 
 def _apply_passes(
     gm: fx.GraphModule, example_inputs: Sequence[Any], resolved: Resolved, record: GraphRecord
-) -> CallPlan | None:
+) -> RuntimePlan | None:
     """Rewrites gm in place; None if there is nothing to rewrite, or after an error: then gm is untouched."""
     settings = resolved.settings
     sites: list[Site] = []
@@ -195,7 +195,7 @@ def _call_plan(
     example_inputs: Sequence[Any],
     sites: list[Site],
     record: GraphRecord,
-) -> CallPlan:
+) -> RuntimePlan:
     """What the host has to look at in each call; read off the graph before it is rewritten."""
     placeholders = list(gm.graph.find_nodes(op="placeholder"))
     inputs = read_inputs(gm, sites)
@@ -206,7 +206,7 @@ def _call_plan(
         if site.key_mask is not None
     }
     sources = {number: _mask_source(mask, (record.number, number)) for mask, number in numbers.items()}
-    return CallPlan(
+    return RuntimePlan(
         sites=tuple(site.index for site in sites),
         inputs=inputs,
         video=_video_position(placeholders, example_inputs),
@@ -240,7 +240,7 @@ def _video_position(placeholders: list[fx.Node], example_inputs: Sequence[Any]) 
 def reset() -> None:
     """What torch._dynamo.reset() calls: nothing of ours outlives it."""
     records.clear()
-    clock.reset()
+    step_clock.reset()
     diagnostics.clear()
 
 

@@ -22,10 +22,10 @@ from ..kernels import context
 from ..passes.site import GraphInputs
 from ..reporting.records import GraphRecord
 from ..settings import Settings
-from . import clock, key_padding
+from . import key_padding, step_clock
 from .caller import caller
-from .clock import Generation, ModelCalls
 from .density import CallLog, Controller, Decision, logged
+from .generations import Generation, ModelCalls
 from .key_padding import MaskSource
 from .layers import Layer
 
@@ -35,7 +35,7 @@ SAMPLE = 64
 
 
 @dataclass(frozen=True)
-class CallPlan:
+class RuntimePlan:
     """What is known at compile time about the calls of a graph.
 
     sites: the numbers of the rewritten sites, in their order. video: the position of the argument whose shape tells
@@ -76,7 +76,7 @@ class SparseCallable:
     """The compiled callable of a graph with rewritten sites."""
 
     def __init__(
-        self, compiled: Callable[..., Any], plan: CallPlan, settings: Settings, record: GraphRecord
+        self, compiled: Callable[..., Any], plan: RuntimePlan, settings: Settings, record: GraphRecord
     ) -> None:
         self.compiled, self.plan, self.settings, self.record = compiled, plan, settings, record
         self._warned: set[str] = set()
@@ -110,7 +110,7 @@ class SparseCallable:
         """Fills the context."""
         plan, settings, record = self.plan, self.settings, self.record
         who = caller()
-        generation, calls = clock.tick(who, tuple(self._places.values()), settings.num_steps)
+        generation, calls = step_clock.tick(who, tuple(self._places.values()), settings.num_steps)
         video = None if plan.video is None else args[plan.video]
         shape = None if video is None else tuple(video.shape[1:])
         device = next(x.device for x in args if isinstance(x, Tensor)) if video is None else video.device
@@ -122,7 +122,7 @@ class SparseCallable:
         if plan.needs_grid and plan.inputs.rotary:
             call.grid = record.grid = self._grid([args[i] for i in plan.inputs.rotary], generation, frozen)
         for number, mask in plan.masks.items():
-            key_padding.recall(calls.seen_keys, call.seen_keys, number, args, mask)
+            key_padding.recall(calls.key_padding, call.seen_keys, number, args, mask)
 
         num_steps = generation.num_steps if generation.num_steps is not None else settings.num_steps
         dense_steps = generation.warm_up(settings.dense_steps, num_steps)
@@ -220,7 +220,7 @@ class SparseCallable:
                 layer.keep(run.calls.branch, run.stamp, call.carried[site])
         record.count(dense, run.generation.number, logs)
         for number, mask in self.plan.masks.items():
-            key_padding.keep(run.calls.seen_keys, call.seen_keys, number, args, mask)
+            key_padding.keep(run.calls.key_padding, call.seen_keys, number, args, mask)
 
 
 def _places(record: GraphRecord, sites: Sequence[int]) -> dict[int, Any]:

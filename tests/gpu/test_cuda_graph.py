@@ -13,7 +13,7 @@ from toy import SPARSE, calls, compiled
 from svg_ear_compile.backend import reset
 
 pytest.importorskip("diffusers")
-from ways.wan import arguments, error, wan
+from usage.wan import arguments, error, wan
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),

@@ -13,7 +13,7 @@ from torch import Tensor
 from toy import EAGER, ToyInputs, ToyVideo
 
 import svg_ear_compile
-from svg_ear_compile.runtime.clock import Generation
+from svg_ear_compile.runtime.generations import Generation
 from svg_ear_compile.runtime.layers import Layer
 
 pytestmark = [pytest.mark.usefixtures("fresh"), pytest.mark.filterwarnings("error:svg_ear")]

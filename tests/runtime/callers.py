@@ -12,7 +12,7 @@ from svg_ear_compile.kernels import context
 from svg_ear_compile.passes.site import GraphInputs
 from svg_ear_compile.reporting import GraphRecord, SiteRecord
 from svg_ear_compile.runtime.key_padding import MaskSource
-from svg_ear_compile.runtime.wrapper import CallPlan, SparseCallable
+from svg_ear_compile.runtime.wrapper import RuntimePlan, SparseCallable
 from svg_ear_compile.settings import resolve
 
 VIDEO, ROTARY, MASK = range(3)
@@ -75,7 +75,7 @@ def callable_of(
 ) -> tuple[SparseCallable, Graph, Grids]:
     """The callable of a graph with one site; its arguments are [video, rotary, mask]."""
     graph, grids = Graph(), Grids()
-    plan = CallPlan((0,), GraphInputs(rotary=(ROTARY,)), VIDEO, {0: 0}, {0: mask}, True, grids)
+    plan = RuntimePlan((0,), GraphInputs(rotary=(ROTARY,)), VIDEO, {0: 0}, {0: mask}, True, grids)
     resolved = resolve({**SPARSE, **options}, {})
     record = GraphRecord(number, resolved, [site()])
     return SparseCallable(graph, plan, resolved.settings, record), graph, grids

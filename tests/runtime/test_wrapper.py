@@ -13,16 +13,17 @@ from runtime.callers import AS_IT_IS, MASK, STEERED, Model, Pipeline, callable_o
 from torch import Tensor
 
 from svg_ear_compile.kernels import context
-from svg_ear_compile.runtime import clock
+from svg_ear_compile.runtime import step_clock
+from svg_ear_compile.runtime.generations import Generation
 from svg_ear_compile.runtime.head_variants import RESPLIT
 from svg_ear_compile.runtime.key_padding import MaskSource
 
 
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
-    clock.reset()
+    step_clock.reset()
     yield
-    clock.reset()
+    step_clock.reset()
 
 
 def test_dense_reasons_are_sentences() -> None:
@@ -129,7 +130,7 @@ def test_nothing_is_kept_after_the_last_step_nor_after_the_pipeline_returned() -
 
     Pipeline(Model(run))(3, guided=1, each=each)
     assert seen == [True, True, False], "it is gone before the clip is decoded"
-    generations = [x for x in gc.get_objects() if isinstance(x, clock.Generation)]
+    generations = [x for x in gc.get_objects() if isinstance(x, Generation)]
     assert not [g for g in generations if g.num_steps == 3]
 
 

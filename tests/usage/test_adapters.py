@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from toy import calls, compiled
-from ways.wan import DENSITY_1, LAYERS, ROUNDING, arguments, blockwise, error, wan
+from usage.wan import DENSITY_1, LAYERS, ROUNDING, arguments, blockwise, error, wan
 
 import svg_ear_compile
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 from toy import ToyInputs, ToyVideo, calls, compiled
-from ways.wan import DENSITY_1, LAYERS, ROUNDING, SPARSE_3, arguments, error, wan
+from usage.wan import DENSITY_1, LAYERS, ROUNDING, SPARSE_3, arguments, error, wan
 
 import svg_ear_compile
 

@@ -1,4 +1,4 @@
-"""Ways of running that only a GPU has: CUDA graphs of Inductor, streams, offloading, reading masks."""
+"""What only a GPU run has: CUDA graphs of Inductor, streams, offloading, reading masks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from toy import SPARSE, calls, compiled
 import svg_ear_compile
 
 pytest.importorskip("diffusers")
-from ways.wan import LAYERS, arguments, error, wan
+from usage.wan import LAYERS, arguments, error, wan
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from toy import ToyInputs, ToyVideo, calls, compiled
-from ways.wan import DENSITY_1, LAYERS, ROUNDING, SPARSE_3, error
+from usage.wan import DENSITY_1, LAYERS, ROUNDING, SPARSE_3, error
 
 import svg_ear_compile
 
@@ -99,8 +99,8 @@ WORKERS = """
 import multiprocessing
 import torch
 from toy import ToyInputs, ToyVideo, compiled
-from ways.test_compiling import worker
-from ways.wan import DENSITY_1
+from usage.test_compiling import worker
+from usage.wan import DENSITY_1
 
 if __name__ == "__main__":
     torch.set_grad_enabled(False)

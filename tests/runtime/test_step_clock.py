@@ -15,15 +15,15 @@ from runtime.callers import Model, Pipeline, callable_of
 from torch import Tensor
 
 import svg_ear_compile
-from svg_ear_compile.runtime import clock
+from svg_ear_compile.runtime import generations, own_loops, step_clock
 from svg_ear_compile.runtime.caller import caller
 
 
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
-    clock.reset()
+    step_clock.reset()
     yield
-    clock.reset()
+    step_clock.reset()
 
 
 class Spy:
@@ -33,7 +33,7 @@ class Spy:
         self.number, self.seen = number, []  # type: ignore[var-annotated]
 
     def __call__(self, x: Tensor, *_: Any) -> Tensor:
-        generation, calls = clock.tick(caller(), self.number)
+        generation, calls = step_clock.tick(caller(), self.number)
         self.seen.append((generation.number, generation.step, generation.num_steps, calls.branch))
         self.last = generation
         return x
@@ -192,7 +192,7 @@ def test_values_show_steps_and_the_next_generation(values: tuple[float, ...]) ->
     own_loop(model, values, 2)
     assert spy.steps() == [0, 0, 1, 1, 2, 2, 0, 0, 1, 1, 0, 0, 1, 1, 2, 2]
     assert spy.generations() == 3
-    assert spy.last.warm_up(0.1, None) == clock.UNKNOWN_WARM_UP
+    assert spy.last.warm_up(0.1, None) == generations.UNKNOWN_WARM_UP
     assert spy.last.warm_up(0.0, None) == 0
     assert spy.last.warm_up(7, None) == 7
 
@@ -220,8 +220,8 @@ def test_the_same_inputs_again_and_again_are_a_benchmark() -> None:
 def test_other_inputs_at_one_timestep_are_windows_or_a_model_of_one_step() -> None:
     spy = Spy()
     model = Model(spy)
-    for n in range(clock.MANY_CALLS + 2):
-        assert n == 0 or n > clock.MANY_CALLS or not spy.last.is_timed
+    for n in range(own_loops.MANY_CALLS + 2):
+        assert n == 0 or n > own_loops.MANY_CALLS or not spy.last.is_timed
         model(X + n, torch.tensor([1.0]))
     assert spy.last.is_timed
 
