@@ -51,8 +51,8 @@ from video_shapes import SHAPES, Inputs, Shape, make_inputs, padding_mask
 
 from svg_ear_compile.kernels import context, ops  # noqa: F401 - registers the ops
 from svg_ear_compile.kernels.plan import KEY_BLOCK, QUERY_BLOCK, Plan
+from svg_ear_compile.precedence import resolve
 from svg_ear_compile.runtime.head_variants import RESPLIT
-from svg_ear_compile.settings import resolve
 
 # The options that a preset of this table means. Orders are named: "auto" may differ from head to head.
 PRESETS: dict[str, dict[str, Any]] = {

@@ -38,7 +38,7 @@ from torch import Tensor
 from torch._dynamo.utils import clear_compilation_metrics, get_compilation_metrics
 
 import svg_ear_compile
-from svg_ear_compile.settings import QUALITY
+from svg_ear_compile.presets import QUALITY
 
 LONGEST = 1.5
 

@@ -27,7 +27,7 @@ from tiny_clips import Clips, add_arguments, clips_of
 from torch import Tensor
 
 from svg_ear_compile import quality, report
-from svg_ear_compile.settings import QUALITY
+from svg_ear_compile.presets import QUALITY
 
 STEP_COUNTS = (30, 8)
 WARM_UPS = (0.0, 0.1, 0.2)

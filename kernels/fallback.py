@@ -13,14 +13,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from svg_ear_compile.exceptions import SiteError
+
 from . import context
 from .constants import SiteConstants
 
 _T = TypeVar("_T")
-
-
-class SiteError(RuntimeError):
-    """An op of a site failed, and strict is set. The cause is the error itself."""
 
 
 def is_dense(query: Tensor, c: SiteConstants) -> bool:

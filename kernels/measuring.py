@@ -8,10 +8,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from svg_ear_compile.exceptions import SiteError
+
 from . import capture, context, measure, planning
 from .constants import SiteConstants
 from .dense import drop_noop_mask
-from .fallback import SiteError, warn_once
+from .fallback import warn_once
 from .plan import Plan
 
 

@@ -14,16 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .backend import svg_ear
+    from .exceptions import SettingsError
     from .reporting import Report, report
     from .runtime.step_clock import generation
-    from .settings import Settings, SettingsError
+    from .settings import Settings
 
 __all__ = ["Report", "Settings", "SettingsError", "generation", "report", "svg_ear"]
 
 _HOMES = {
     "Report": "reporting",
     "Settings": "settings",
-    "SettingsError": "settings",
+    "SettingsError": "exceptions",
     "generation": "runtime.step_clock",
     "report": "reporting",
     "svg_ear": "backend",

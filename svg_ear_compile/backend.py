@@ -20,6 +20,7 @@ from torch._dynamo.eval_frame import innermost_fn
 from torch._dynamo.exc import ShortenTraceback, TorchDynamoException
 
 from . import other_backends
+from .exceptions import PassError
 from .kernels.choice import attention_kernel
 from .passes.classify import classify
 from .passes.inputs import mask_arguments, read_inputs
@@ -29,17 +30,14 @@ from .passes.rewrite import rewrite
 from .passes.site import KeyMask, Reason, Site, Verdict
 from .passes.sources import is_activation
 from .passes.subgraphs import inline_regions
+from .precedence import Resolved, resolve
 from .reporting import GraphRecord, SiteRecord, diagnostics, records
 from .runtime import step_clock
 from .runtime.key_padding import MaskSource
 from .runtime.wrapper import RuntimePlan, SparseCallable
-from .settings import Resolved, Settings, resolve
+from .settings import Settings
 
 Compiled = Callable[..., Any]
-
-
-class PassError(RuntimeError):
-    """A pass failed, and strict is set. The cause is the error itself."""
 
 
 def svg_ear(

@@ -1,37 +1,23 @@
-"""What did the user ask for? Every setting, where it came from, and what else goes to Inductor.
+"""What can the user set? Every setting with its default, what it allows and what it means.
 
-Precedence, highest first:
-
-1. `SVG_EAR=0`: everything off, whatever else is set
-2. `torch.compile(..., options={"density": 0.3})`
-3. the environment, `SVG_EAR_DENSITY=0.3`, read whenever a graph is compiled; empty means unset
-4. derived from another setting: presets "svg_ear" and "svg2" set order, routing, compensate, the density and
-   the papers' schedule; quality sets target_error
-5. the default
-
-How much is computed is said by one of density, target_error and quality. Two of them in options are an error,
-and so are two in the environment; one in options wins over another in the environment, and None says nothing.
-If nothing says it, it is quality "balanced", or with a paper's preset what its top-p 0.9 finds.
-
-Options that are not ours go to Inductor if Inductor knows them, `mode` too (torch.compile refuses its own
-mode= beside options=). Anything else is an error that names the nearest known setting.
+Each field of Settings is an option (`torch.compile(..., options={"density": 0.3})`) and an environment variable
+(`SVG_EAR_DENSITY=0.3`). precedence.py says which of them wins.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple
+from typing import Any
+
+from .presets import DEFAULT_QUALITY, PRESETS, QUALITY, QUALITY_ALIASES, ROUTINGS
 
 PREFIX = "SVG_EAR"
 BOOLEAN = "0, 1, true or false"
-
-
-class SettingsError(ValueError):
-    """A setting's value, or its name, makes no sense."""
+GUARD = 4.0
+"""If max_error is not set, it is this many times the target."""
 
 
 def _bool(value: Any) -> bool:
@@ -107,78 +93,62 @@ def _setting(default: Any, parse: Callable[[Any], Any], allowed: str, doc: str) 
     return field(default=default, metadata={"parse": parse, "allowed": allowed, "doc": doc})
 
 
-QUALITY = {"near-lossless": 0.015, "high": 0.025, "balanced": 0.04, "turbo": 0.06}
-"""The target_error that a level stands for."""
-ALIASES = {"lossless-ish": "near-lossless"}
-DEFAULT_QUALITY = "balanced"
-PRESETS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "svg_ear": {"order": "kmeans", "compensate": True, "first_order": False},
-    "svg2": {"order": "kmeans", "compensate": False, "first_order": False},
-}
-"""What a preset means for other settings."""
-PAPER_SCHEDULE = {"dense_steps": 0.2, "dense_layers": ((0, 0),)}
-"""Of the papers' presets, unless something else is set."""
-ROUTINGS = {"default": "output_error", "svg_ear": "svg_ear", "svg2": "mass"}
-GUARD = 4.0
-"""Where max_error is not set, it is so many times the target."""
-
-
 @dataclass(frozen=True)
 class Settings:
     """All settings of one compile: each field is an option, and a variable SVG_EAR_<NAME>."""
 
     quality: str | None = _setting(
-        DEFAULT_QUALITY, _optional(_choice(*QUALITY, **ALIASES)), ", ".join(QUALITY),
-        "names target_error: " + ", ".join(f"{name} {error:g}" for name, error in QUALITY.items()),
+        DEFAULT_QUALITY, _optional(_choice(*QUALITY, **QUALITY_ALIASES)), ", ".join(QUALITY),
+        "sets target_error by name: " + ", ".join(f"{name} {error:g}" for name, error in QUALITY.items()),
     )  # fmt: skip
     target_error: float | None = _setting(
         QUALITY[DEFAULT_QUALITY], _optional(_share), "0 < target_error <= 1",
-        "relative error of the outputs of attention calls, the root mean square over a generation: what its "
-        "density is steered to",
+        "the relative error that attention outputs may have, as the root mean square over a generation; the density "
+        "is adjusted to meet it",
     )  # fmt: skip
     density: float | None = _setting(
         None, _optional(_share), "0 < density <= 1",
-        "exactly computed video query-key pairs over all of them in a sparse call: the same in all of them",
+        "the share of the video query-key pairs that a sparse call computes exactly; the same in every sparse call",
     )  # fmt: skip
-    min_density: float = _setting(0.05, _share, "0 < min_density <= 1", "target_error does not go below it")
+    min_density: float = _setting(
+        0.05, _share, "0 < min_density <= 1", "target_error never takes the density below this"
+    )
     max_density: float = _setting(
         0.6, _share, "0 < max_density <= 1",
-        "where target_error needs more than this, sparsity would not pay: such calls run dense",
+        "calls that would need more than this to meet target_error run dense: sparsity would not pay",
     )  # fmt: skip
     max_error: float | None = _setting(
         None, _optional(_error), "a number >= 0; 0 switches it off",
-        "a layer with a larger measured error gets more density, and where that does not help, or a density is set, "
-        f"runs dense to the end of the generation; unset: {GUARD:g} x target_error, and with density off",
+        "a layer whose measured error is larger gets more density; if that does not help, or if density is set, it "
+        f"runs dense for the rest of the generation; unset: {GUARD:g} x target_error, or off if density is set",
     )  # fmt: skip
     measure_every: int = _setting(
         5, _integer(0), "an integer >= 0; 0 means never",
-        "the error of every so many sparse calls of a layer is measured on sampled rows, few layers in each step; of "
-        "generations of up to 16 steps every second",
+        "measure the error of a layer in every n-th sparse call, on sampled rows and for a few layers in each step; "
+        "every second call in generations of up to 16 steps",
     )  # fmt: skip
     audit: bool = _setting(
-        False,
-        _bool,
-        BOOLEAN,
-        "each sparse call reports its error over all rows: slow, a check of what is measured",
-    )
+        False, _bool, BOOLEAN,
+        "also measure the error of each sparse call over all rows: slow, to check the sampled measurements",
+    )  # fmt: skip
     min_tokens: int | None = _setting(
         None, _optional(_integer(1)), "an integer >= 1",
-        "self attention over fewer video tokens stays dense; unset: 8192, and where speeds were measured for "
-        "the GPU as many as make a sparse call faster than a dense one",
+        "self attention over fewer video tokens stays dense; unset: 8192, or, on GPUs whose speeds were measured, "
+        "the number from which a sparse call is faster than a dense one",
     )  # fmt: skip
     sites: tuple[str, ...] = _setting(
         (), _patterns, "module path patterns, comma separated",
-        "rewrite the attention modules whose paths match (`blocks.*.attn1`) even without a sign of video",
+        "rewrite the attention modules whose paths match (`blocks.*.attn1`), even if nothing shows that their tokens "
+        "are video",
     )  # fmt: skip
     dense_steps: int | float = _setting(
         0.1, _steps, "a count >= 0, or a fraction below 1 of num_steps",
         "the first steps of a generation run dense; a fraction is rounded to the nearest count, and is at most "
-        "2 steps where nothing shows how many there are",
+        "2 steps if the number of steps is unknown",
     )  # fmt: skip
     num_steps: int | None = _setting(
         None, _optional(_integer(1)), "an integer >= 1",
-        "steps of a generation, for a sampling loop of your own that does not show it; a pipeline's is known",
+        "the number of steps in a generation, for a sampling loop of your own; a diffusers pipeline shows its number",
     )  # fmt: skip
     dense_layers: tuple[tuple[int, int], ...] = _setting(
         (), _layers, "a count of first layers, or ranges such as '0, 38-39'",
@@ -186,207 +156,51 @@ class Settings:
     )  # fmt: skip
     preset: str = _setting(
         "default", _choice(*PRESETS), "default, svg_ear or svg2",
-        "svg_ear: the paper's clusters (order kmeans), error formula and budget; svg2: these clusters, the "
-        "blocks with the largest centroid mass, and nothing for the others (compensate 0)",
+        "svg_ear: the clusters (order kmeans), error formula and budget of the SVG-EAR paper; svg2: the same clusters, "
+        "the blocks with the largest centroid mass, and nothing in place of the others (compensate 0)",
     )  # fmt: skip
     merge: bool = _setting(
-        True, _bool, BOOLEAN, "one op per attention site; 0 keeps the three that make it up"
+        True, _bool, BOOLEAN, "one op per attention site; 0 keeps the three ops that make it up"
     )
     inner: str = _setting(
         "inductor", _choice("inductor", "eager"), "inductor or eager", "what compiles the rewritten graph"
     )
     strict: bool = _setting(
-        False, _bool, BOOLEAN, "a failure of ours raises, instead of running dense with a warning"
+        False, _bool, BOOLEAN, "a failure inside svg_ear raises, instead of running dense with a warning"
     )
-    seed: int = _setting(0, _integer(0), "an integer >= 0", "of everything random in the clustering")
+    seed: int = _setting(0, _integer(0), "an integer >= 0", "seeds everything random in the clustering")
     compensate: bool = _setting(
-        True, _bool, BOOLEAN, "skipped blocks count through their centroids; 0 drops them"
+        True, _bool, BOOLEAN, "centroids stand in for the skipped blocks; 0 drops these blocks"
     )
     first_order: bool = _setting(
         True, _bool, BOOLEAN,
-        "first-order terms besides centroids, for the heads whose measured error is then clearly smaller; "
-        "not with compensate 0 or merge 0",
+        "add first-order terms to the centroids, in heads whose measured error is then clearly smaller; not possible "
+        "with compensate 0 or merge 0",
     )  # fmt: skip
     order: str = _setting(
         "auto", _choice("auto", "cubes", "splits", "kmeans"), "auto, cubes, splits or kmeans",
-        "how video tokens are put into blocks; auto: splits where no frame grid is known, else cubes, and "
-        "splits for the heads whose measured error is then clearly smaller",
+        "how video tokens are grouped into blocks; auto: cubes if the frame grid is known, with splits in heads whose "
+        "measured error is then clearly smaller; else splits",
     )  # fmt: skip
     report: bool | str = _setting(
         False, _report, "0, 1, or a path that ends in .json",
-        "1 prints the report at compile time, a path writes it",
+        "1 prints the report at compile time; a path writes it there as JSON",
     )  # fmt: skip
 
     @property
     def routing(self) -> str:
-        """How blocks are chosen: follows from the preset."""
+        """How blocks are chosen. Follows from the preset."""
         return ROUTINGS[self.preset]
 
     @property
     def guard(self) -> float:
-        """The measured error above which a layer runs dense; infinite: none."""
+        """The measured error above which a layer runs dense; infinite if there is none."""
         if self.max_error is not None:
             return self.max_error or math.inf
         return math.inf if self.target_error is None else GUARD * self.target_error
 
     def is_dense_layer(self, layer: int) -> bool:
         return any(first <= layer <= last for first, last in self.dense_layers)
-
-
-class Resolved(NamedTuple):
-    """switch: 'on', 'off' or 'report'. inductor_options: to be patched into Inductor's configuration.
-
-    sources: where each setting's value came from, in words.
-    """
-
-    settings: Settings
-    inductor_options: dict[str, Any]
-    switch: str
-    sources: dict[str, str]
-
-
-def switch(environ: Mapping[str, str]) -> str:
-    """What SVG_EAR says: 'on' (also when unset: somebody named the backend), 'off' or 'report'."""
-    value = environ.get(PREFIX, "").strip().lower()
-    try:
-        return {"": "on", "1": "on", "true": "on", "0": "off", "false": "off", "report": "report"}[value]
-    except KeyError:
-        raise SettingsError(f"{PREFIX}={environ[PREFIX]!r}: allowed are 0, 1 and report") from None
-
-
-def resolve(
-    options: Mapping[str, Any] | None = None,
-    environ: Mapping[str, str] | None = None,
-    mode: str | None = None,
-) -> Resolved:
-    """The settings of one compile; see the head of this file for what wins over what."""
-    options, environ = dict(options or {}), os.environ if environ is None else environ
-    state = switch(environ)
-    known = {f.name: f for f in fields(Settings)}
-    others = {key: value for key, value in options.items() if key not in known}
-    inductor = _inductor_options(others, mode, set(known))
-    if state == "off":  # the way out must work whatever else is set; only what compiles still counts
-        known = {"inner": known["inner"]}
-    else:
-        _check_variables(environ, known)
-
-    values, sources = {}, dict.fromkeys(known, "default")
-    for name, f in known.items():
-        variable = f"{PREFIX}_{name.upper()}"
-        if name in options:
-            values[name], sources[name] = _parse(f, options[name], f"options[{name!r}]"), "options"
-        elif environ.get(variable, "").strip():
-            values[name], sources[name] = _parse(f, environ[variable], variable), variable
-    derived: dict[str, str] = {}
-    preset = values.get("preset", "default")
-    for name, value in PRESETS[preset].items():
-        if values.setdefault(name, value) != value:
-            raise SettingsError(
-                f"{name}={values[name]!r} ({sources[name]}) contradicts preset {preset!r} "
-                f"({sources['preset']}), which means {name}={value!r}"
-            )
-        derived[name] = "preset"
-    if preset != "default":
-        for name, value in PAPER_SCHEDULE.items():
-            values.setdefault(name, value)
-            derived[name] = "preset"
-    derived |= _how_much(values, sources)
-    derived |= _without_first_order(values, sources)
-    sources |= {name: source for name, source in derived.items() if sources[name] == "default"}
-    settings = Settings(**values)
-    _check_error_settings(settings, sources)
-    return Resolved(settings, inductor, state, sources)
-
-
-def _how_much(values: dict[str, Any], sources: dict[str, str]) -> dict[str, str]:
-    """Leaves one of density, target_error and quality in values, with what follows from it.
-
-    Returns the sources of what follows.
-    """
-    rivals = ("density", "target_error", "quality")
-    said = [name for name in rivals if values.get(name) is not None]
-    for name in set(rivals) - set(said):
-        values.pop(name, None)
-    chosen = [name for name in said if sources[name] == "options"] or said
-    if len(chosen) > 1:
-        first, second = (f"{name}={values[name]!r} ({sources[name]})" for name in chosen[:2])
-        raise SettingsError(f"{first} contradicts {second}: each says how much is computed, so set one")
-    for name in set(said) - set(chosen):
-        sources[name] = "default"
-    if not chosen:
-        if values.get("preset", "default") != "default":
-            values |= dict.fromkeys(rivals)
-            return dict.fromkeys(rivals, "preset")
-        return {}
-    (only,) = chosen
-    values |= {name: values[name] if name == only else None for name in rivals}
-    derived = dict.fromkeys(rivals, only)
-    if only == "quality":
-        values["target_error"] = QUALITY[values["quality"]]
-    return derived
-
-
-def _without_first_order(values: dict[str, Any], sources: dict[str, str]) -> dict[str, str]:
-    """Centroids that do not count have no first-order terms, nor has the op that adds centroids alone."""
-    for name in ("compensate", "merge"):
-        if values.get(name) is False:
-            if values.get("first_order"):
-                raise SettingsError(
-                    f"first_order=True ({sources['first_order']}) contradicts {name}=False ({sources[name]})"
-                )
-            if "first_order" not in values:
-                values["first_order"] = False
-                return {"first_order": name}
-    return {}
-
-
-def _check_error_settings(settings: Settings, sources: dict[str, str]) -> None:
-    """What is steered or guarded must be measured."""
-
-    def said(name: str) -> str:
-        return f"{name}={getattr(settings, name)!r} ({sources[name]})"
-
-    if settings.min_density > settings.max_density:
-        raise SettingsError(f"{said('min_density')} is more than {said('max_density')}")
-    needs = "target_error" if settings.target_error is not None else "max_error" if settings.max_error else ""
-    if needs and not settings.measure_every:
-        raise SettingsError(f"{said('measure_every')} contradicts {said(needs)}, which needs measurements")
-
-
-def _parse(f: Any, value: Any, source: str) -> Any:
-    try:
-        return f.metadata["parse"](value)
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise SettingsError(f"{source} = {value!r}: allowed is {f.metadata['allowed']}") from None
-
-
-def _check_variables(environ: Mapping[str, str], known: Mapping[str, Any]) -> None:
-    """A variable that is nearly one of ours is a typing error; other people's SVG_EAR_* are left alone."""
-    ours = [f"{PREFIX}_{name.upper()}" for name in known]
-    for variable in environ:
-        if variable.startswith(PREFIX + "_") and variable not in ours and environ[variable].strip():
-            near = difflib.get_close_matches(variable, ours, n=1, cutoff=0.85)
-            if near:
-                raise SettingsError(f"{variable} is not a setting; did you mean {near[0]}?")
-
-
-def _inductor_options(options: dict[str, Any], mode: str | None, ours: set[str]) -> dict[str, Any]:
-    """What is left over for Inductor, with the mode spelled out; explicit options win over the mode's."""
-    mode = options.pop("mode", None) or mode
-    if not options and mode in (None, "default"):
-        return {}
-    from torch import _inductor
-
-    modes = _inductor.list_mode_options()
-    if mode is not None and mode not in modes:
-        raise SettingsError(f"mode = {mode!r}: allowed is one of {', '.join(modes)}")
-    known = _inductor.list_options()
-    for key in options:
-        if key.replace("-", "_") not in known:
-            near = [match for names in (ours, known) for match in difflib.get_close_matches(key, names, n=1)]
-            guess = f"; did you mean {near[0]!r}?" if near else ""
-            raise SettingsError(f"options[{key!r}] is neither a setting of svg_ear nor of Inductor{guess}")
-    return {**modes.get(mode, {}), **options}
 
 
 def markdown_table() -> str:

@@ -10,7 +10,7 @@ from benchmark import import_benchmark
 
 from svg_ear_compile.kernels import cluster, context
 from svg_ear_compile.kernels.plan import Plan
-from svg_ear_compile.settings import resolve
+from svg_ear_compile.precedence import resolve
 
 
 def test_presets_are_what_a_user_would_set() -> None:

@@ -12,8 +12,8 @@ from toy import EAGER, SPARSE, ToyInputs, ToyVideo, calls, compiled
 
 import svg_ear_compile
 from svg_ear_compile import backend as backend_module
+from svg_ear_compile.exceptions import SettingsError
 from svg_ear_compile.reporting import diagnostics
-from svg_ear_compile.settings import SettingsError
 
 pytestmark = pytest.mark.usefixtures("fresh")
 

@@ -13,8 +13,8 @@ import torch
 from benchmark import BENCHMARKS, import_benchmark
 
 from svg_ear_compile import tiny_wan
+from svg_ear_compile.precedence import resolve
 from svg_ear_compile.runtime.head_variants import RESPLIT
-from svg_ear_compile.settings import resolve
 
 pytest.importorskip("diffusers")
 pytest.importorskip("skimage")

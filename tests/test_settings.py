@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
-from svg_ear_compile.settings import Settings, SettingsError, markdown_table, resolve, switch
+from svg_ear_compile.exceptions import SettingsError
+from svg_ear_compile.precedence import resolve, switch
+from svg_ear_compile.settings import Settings, markdown_table
 
 DEFAULTS = Settings()
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from ..kernels.context import SiteTotals
 from ..passes.site import Site
+from ..precedence import Resolved
 from ..runtime.density import CallLog
-from ..settings import Resolved
 
 MAX_GENERATIONS = 8
 """Of so many generations calls are logged: of those that run at once in several threads."""

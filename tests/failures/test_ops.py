@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from toy import EAGER, ToyInputs, ToyVideo, calls, compiled
 
 import svg_ear_compile
+from svg_ear_compile.exceptions import SiteError
 from svg_ear_compile.kernels import attention, cluster, ops, permute, probe, route
-from svg_ear_compile.kernels.fallback import SiteError
 
 pytestmark = pytest.mark.usefixtures("fresh")
 LENIENT = {**EAGER, "strict": False}

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from svg_ear_compile.kernels import context, measure, ops, reference  # noqa: F401 - registers the ops
 from svg_ear_compile.kernels.constants import SiteConstants
+from svg_ear_compile.precedence import resolve
 from svg_ear_compile.runtime.readback import Sums
-from svg_ear_compile.settings import resolve
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 TEXT, GRID = 40, (5, 12, 13)

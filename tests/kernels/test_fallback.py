@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from op_calls import CONSTANTS, B, inputs, lies_by_token, merged, three
 from torch import Tensor
 
+from svg_ear_compile.exceptions import SiteError
 from svg_ear_compile.kernels import attention as cpu_kernels
 from svg_ear_compile.kernels import context, fallback, route
-from svg_ear_compile.kernels.fallback import SiteError
 
 
 def raising(error: Exception) -> Callable[..., Any]:

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from svg_ear_compile.exceptions import SiteError
 from svg_ear_compile.kernels import context, first_order, measure, planning, reference, rows
 from svg_ear_compile.kernels.constants import SiteConstants
 from svg_ear_compile.kernels.context import Measure
-from svg_ear_compile.kernels.fallback import SiteError
 
 TEXT, GRID = 9, (5, 8, 10)
 VIDEO = 5 * 8 * 10

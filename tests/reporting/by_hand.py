@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
+from svg_ear_compile.precedence import resolve
 from svg_ear_compile.reporting import GraphRecord, SiteRecord
 from svg_ear_compile.runtime.density import CallLog, Decision
 from svg_ear_compile.runtime.readback import Sums
-from svg_ear_compile.settings import resolve
 
 
 def site(index: int = 0, reason: str = "REWRITTEN", **changes: Any) -> SiteRecord:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from reporting.by_hand import graph, site
 
+from svg_ear_compile.precedence import resolve
 from svg_ear_compile.reporting import GraphRecord, diagnostics, records
-from svg_ear_compile.settings import resolve
 
 
 def test_nothing_rewritten_is_loud_once(recwarn: pytest.WarningsRecorder) -> None:

@@ -9,9 +9,9 @@ import torch
 from reporting.by_hand import graph, log, site
 
 from svg_ear_compile.kernels.context import SiteTotals
+from svg_ear_compile.precedence import resolve
 from svg_ear_compile.reporting import records, report
 from svg_ear_compile.runtime.density import Decision
-from svg_ear_compile.settings import resolve
 
 
 def test_flops() -> None:

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from svg_ear_compile.kernels import context
 from svg_ear_compile.passes.site import GraphInputs
+from svg_ear_compile.precedence import resolve
 from svg_ear_compile.reporting import GraphRecord, SiteRecord
 from svg_ear_compile.runtime.key_padding import MaskSource
 from svg_ear_compile.runtime.wrapper import RuntimePlan, SparseCallable
-from svg_ear_compile.settings import resolve
 
 VIDEO, ROTARY, MASK = range(3)
 SPARSE = {"dense_steps": 0, "strict": True, "density": 0.25}

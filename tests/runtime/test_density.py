@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from svg_ear_compile.precedence import resolve
 from svg_ear_compile.runtime.density import BOOST, LAG, RETRY, TRIAL, CallLog, Controller, Decision
 from svg_ear_compile.runtime.head_variants import FIRST_ORDER_WORTH, ORDERS, RESPLIT, WORTH
 from svg_ear_compile.runtime.layers import MAX_FAILURES, Layer
 from svg_ear_compile.runtime.readback import Sums
-from svg_ear_compile.settings import resolve
 
 LAYERS, STEPS, WARM_UP = 4, 30, 3
 CUBES = torch.tensor([[0.10, 0.10, 0.10], [0.03, 0.03, 0.03]])

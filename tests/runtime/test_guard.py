@@ -12,10 +12,10 @@ import svg_ear_compile.kernels.ops  # noqa: F401 - registers the ops
 from svg_ear_compile.kernels import context, reference
 from svg_ear_compile.kernels.constants import SiteConstants
 from svg_ear_compile.kernels.context import Measure
+from svg_ear_compile.precedence import resolve
 from svg_ear_compile.runtime.density import LAG, CallLog, Controller
 from svg_ear_compile.runtime.layers import Layer
 from svg_ear_compile.runtime.readback import Sums
-from svg_ear_compile.settings import resolve
 
 L, D, HEADS, STEPS, SITE = 512, 32, 2, 12, 0
 GRID = [4, 8, 16]
