@@ -15,7 +15,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from toy import EAGER, ToyInputs, ToyVideo, compiled
 
 import svg_ear_compile
-from svg_ear_compile import announce
+from svg_ear_compile.reporting import diagnostics
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
@@ -29,7 +29,7 @@ def fails(*args: Any) -> Any:
 def test_announcing(
     toy: ToyVideo, toy_inputs: ToyInputs, monkeypatch: pytest.MonkeyPatch, stage: str, strict: bool
 ) -> None:
-    monkeypatch.setattr(announce, stage, fails)
+    monkeypatch.setattr(diagnostics, stage, fails)
     run = compiled(toy, {**EAGER, "strict": strict})
     if strict:
         with pytest.raises(BackendCompilerFailed, match="ours"):
@@ -57,7 +57,7 @@ def test_a_report_that_cannot_be_written(
         with raises if strict else warns:
             run(*toy_inputs())
     finally:
-        announce._paths.clear()
+        diagnostics._paths.clear()
 
 
 def test_a_report_that_cannot_be_written_at_exit(tmp_path: Path) -> None:
