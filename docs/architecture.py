@@ -1,4 +1,5 @@
-"""Draws docs/architecture.svg: the rooms of this code base, and which room imports which.
+"""Draws docs/architecture.svg, the rooms of this code base and which room imports which, and lists all files with
+their questions in docs/ARCHITECTURE.md.
 
     python docs/architecture.py
 
@@ -10,11 +11,14 @@ are left out.
 from __future__ import annotations
 
 import ast
+import re
 from html import escape
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PICTURE = ROOT / "docs" / "architecture.svg"
+PAGE = ROOT / "docs" / "ARCHITECTURE.md"
+MARK = "<!-- files -->"
 PACKAGE = "svg_ear_compile"
 COLUMNS = (PACKAGE, "passes", "kernels")
 
@@ -196,8 +200,25 @@ def _arrow(start: Box, end: Box) -> str:
     return f'<path marker-end="url(#m)" d="M{a:g} {b:g}C{a + bend:g} {b:g} {c + back:g} {d:g} {c:g} {d:g}"/>'
 
 
+def table() -> str:
+    """A row for each file: the first sentence of its docstring."""
+    rows = ["| file | question, or answer |", "|---|---|"]
+    for path in modules().values():
+        text = " ".join((ast.get_docstring(ast.parse(path.read_text())) or "").split("\n\n")[0].split())
+        name = str(path.relative_to(ROOT)).replace("__init__.py", "")
+        if sentence := re.match(r".+?(?:[.?](?= )|$)", text):
+            rows.append(f"| `{name}` | {sentence[0].rstrip(':')} |")
+    return "\n".join(rows)
+
+
+def with_table(page: str) -> str:
+    before, _, after = page.split(MARK)
+    return f"{before}{MARK}\n{table()}\n{MARK}{after}"
+
+
 def main() -> None:
     PICTURE.write_text(draw(between_files()))
+    PAGE.write_text(with_table(PAGE.read_text()))
 
 
 if __name__ == "__main__":

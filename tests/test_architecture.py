@@ -60,8 +60,10 @@ def test_nothing_imports_in_a_circle() -> None:
     assert architecture.circle(architecture.between_rooms(GRAPH)) == [], "neither files nor rooms"
 
 
-def test_the_picture_is_of_this_code() -> None:
+def test_the_picture_and_the_list_are_of_this_code() -> None:
     assert architecture.PICTURE.read_text() == architecture.draw(GRAPH), "run python docs/architecture.py"
+    page = architecture.PAGE.read_text()
+    assert page == architecture.with_table(page), "run python docs/architecture.py"
 
 
 def test_a_room_that_is_left_and_entered_again_has_floors() -> None:

@@ -5,7 +5,29 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES += sorted((ROOT / ".github").rglob("*.[my]*"))
+FOLDERS = (
+    "svg_ear_compile",
+    "passes",
+    "kernels",
+    "tests",
+    "benchmarks",
+    "examples",
+    "docs",
+    ".github",
+    ".ci",
+)
+SOURCES = sorted(
+    path
+    for folder in FOLDERS
+    for path in (ROOT / folder).rglob("*.py")
+    if path.resolve() == ROOT.resolve() / path.relative_to(ROOT)
+)
+ENDINGS = r"\.(?:py|md|json|txt|sh|png|svg|toml|yml|yaml)"
 
 
 def test_every_promise_names_a_test_that_exists() -> None:
@@ -22,7 +44,7 @@ def test_every_promise_names_a_test_that_exists() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+    for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
@@ -31,3 +53,26 @@ def test_the_readme_s_commands_are_in_the_makefile() -> None:
     commands = re.findall(r"^make (\w+)", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
     assert set(commands) == {"demo", "test"}
     assert all(f"\n{command}:" in (ROOT / "Makefile").read_text() for command in commands)
+
+
+def exists(name: str) -> bool:
+    """Whether a path, a pattern, or the name of a file somewhere in the repository is one of ours."""
+    if "/" in name:
+        return any(ROOT.glob(name.rstrip("/")))
+    return (ROOT / name).exists() or any(any((ROOT / folder).rglob(name)) for folder in FOLDERS)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_path_that_a_page_names_exists(page: Path) -> None:
+    """In `code`: files, and folders that end in a slash. What scripts write goes to outputs/."""
+    text = re.sub(r"`[^`]*` up\s+to commit", "", page.read_text())
+    spans = re.findall(r"```.*?```|`[^`]+`", text, flags=re.DOTALL)
+    words = {word.partition("::")[0].strip("`'\"()=,;:") for span in spans for word in span.split()}
+    names = {word for word in words if re.fullmatch(rf"[\w.*/-]+(?:{ENDINGS}|/)", word)}
+    assert {name for name in names if not name.startswith("outputs/") and not exists(name)} <= {"script.py"}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_path_that_a_source_names_exists(path: Path) -> None:
+    names = set(re.findall(rf"(?<![\w/.])(?:{'|'.join(FOLDERS)})/[\w./*-]*{ENDINGS}\b", path.read_text()))
+    assert not {name for name in names if not exists(name)}

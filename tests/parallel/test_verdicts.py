@@ -104,7 +104,7 @@ def test_tensor_parallel_attention_is_rewritten_on_its_share_of_the_heads() -> N
 
 
 def test_which_video_models_diffusers_spreads_over_gpus() -> None:
-    """If this fails, docs/SEVERAL_GPUS.md has to name others."""
+    """If this fails, the list of what works on several GPUs has to name others."""
     names = [name for name in dir(diffusers) if name.endswith(("Transformer3DModel", "OmniTransformer"))]
     classes = {name: getattr(diffusers, name) for name in names}
     planned = {name for name, kind in classes.items() if getattr(kind, "_cp_plan", None)}
