@@ -50,7 +50,7 @@ from tqdm import tqdm
 from video_shapes import SHAPES, Inputs, Shape, make_inputs, padding_mask
 
 from svg_ear_compile.kernels import context, ops  # noqa: F401 - registers the ops
-from svg_ear_compile.kernels.plan import KEY_BLOCK, QUERY_BLOCK, Plan
+from svg_ear_compile.kernels.plan import KEY_BLOCK, QUERY_BLOCK, SparsePlan
 from svg_ear_compile.precedence import resolve
 from svg_ear_compile.runtime.head_variants import RESPLIT
 
@@ -111,7 +111,7 @@ def compiled_flex(*arguments: Any, **options: Any) -> Tensor:
     return out
 
 
-def flex_time(query: Tensor, plan: Plan, repeats: int) -> float:
+def flex_time(query: Tensor, plan: SparsePlan, repeats: int) -> float:
     """Milliseconds of flex_attention over the plan's lists, with the queries in block order already."""
     L = query.shape[2]
     blocks = BlockMask.from_kv_blocks(
@@ -147,11 +147,11 @@ def measure(
     scale, mask = shape.head_dim**-0.5, padding_mask(shape)
     splits, terms = (of_heads(share, shape.heads) for share in FORMS.get(preset, (0.0, 0.0)))
     forms = {"split_heads": {0: splits}, "first_order": {0: terms}}
-    first = context.Call(strict=True, **forms)
+    first = context.RunContext(strict=True, **forms)
     with context.active(first):
-        plan = Plan(*torch.ops.svg_ear.clustered_permute(*inputs[0], mask, *constants))
+        plan = SparsePlan(*torch.ops.svg_ear.clustered_permute(*inputs[0], mask, *constants))
     totals = first.totals[0]
-    with context.active(context.Call(strict=True, **forms)):
+    with context.active(context.RunContext(strict=True, **forms)):
         out = torch.ops.svg_ear.attention(*inputs[0], mask, *constants)
     heads = sorted({0, shape.heads // 2, shape.heads - 1})
     worst, overall = error_to_plan(out, inputs[0][0], plan, scale, heads, terms)
@@ -159,7 +159,7 @@ def measure(
     del plan
 
     # One context per input: what is carried from call to call (k-means centroids) belongs to one input.
-    calls = [context.Call(strict=True, **forms) for _ in inputs]
+    calls = [context.RunContext(strict=True, **forms) for _ in inputs]
     anew = told.order == "splits"
 
     def whole(i: int) -> None:

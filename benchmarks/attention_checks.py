@@ -9,18 +9,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from svg_ear_compile.kernels.plan import Plan
+from svg_ear_compile.kernels.plan import SparsePlan
 
 # The joint softmax in float32 over the plan's own low-precision tensors: what is left is rounding.
 CHECK_ROW, CHECK_ALL = 0.03, 0.008
 
 
 def error_to_plan(
-    out: Tensor, query: Tensor, plan: Plan, scale: float, heads: list[int], first_order: Sequence[bool] = ()
+    out: Tensor,
+    query: Tensor,
+    plan: SparsePlan,
+    scale: float,
+    heads: list[int],
+    first_order: Sequence[bool] = (),
 ) -> tuple[float, float]:
     """(worst row, all) relative error against the plan's joint softmax, 32 queries of each of these heads.
 
-    first_order: which heads have the terms of kernels/first_order.py: they are added up token by token.
+    first_order: which heads have the terms of kernels/attention/first_order.py: they are added up token by token.
     """
     difference = norm = worst = 0.0
     L, Ck = query.shape[2], plan.bias.shape[-1]
@@ -56,7 +61,7 @@ def error_to_plan(
     return worst, math.sqrt(difference / norm)
 
 
-def _linear(q: Tensor, plan: Plan, scale: float, head: int, blocks: Tensor, owner: Tensor) -> Tensor:
+def _linear(q: Tensor, plan: SparsePlan, scale: float, head: int, blocks: Tensor, owner: Tensor) -> Tensor:
     """q_r^T M_i = scale sum_j p_ij / n_j sum_{t in j} q_r.(k_t - kc_j) (v_t - vc_j), i: the row's block."""
     centers, value_centers = (x[0, head].float() for x in (plan.key_centroids, plan.value_centroids))
     logits = plan.query_centroids[0, head, blocks].float() @ centers.T * scale + plan.bias[0, head, blocks]

@@ -20,8 +20,12 @@ from tabulate import tabulate
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from svg_ear_compile.kernels import probe, triton_attention, triton_permute, triton_probe, triton_route
-from svg_ear_compile.kernels.plan import KEY_BLOCK, QUERY_BLOCK, Plan
+from svg_ear_compile.kernels.attention import triton as triton_attention
+from svg_ear_compile.kernels.blocks import permute_triton as triton_permute
+from svg_ear_compile.kernels.plan import KEY_BLOCK, QUERY_BLOCK, SparsePlan
+from svg_ear_compile.kernels.probe import torch as probe
+from svg_ear_compile.kernels.probe import triton as triton_probe
+from svg_ear_compile.kernels.routing import triton as triton_route
 from svg_ear_compile.kernels.triton_configs import Config
 
 EQUAL = [
@@ -59,7 +63,7 @@ PROBE = [
 ]
 
 
-def made_up_plan(key: Tensor, value: Tensor, density: float, clusters: bool) -> Plan:
+def made_up_plan(key: Tensor, value: Tensor, density: float, clusters: bool) -> SparsePlan:
     """A plan over key, value [1,H,L,D] contiguous, with the tokens in their own order."""
     B, H, L, D = key.shape
     device = key.device
@@ -96,7 +100,7 @@ def made_up_plan(key: Tensor, value: Tensor, density: float, clusters: bool) -> 
         means.append((sums.gather(2, at).diff(dim=2) / sizes.clamp(min=1)[..., None]).to(x.dtype))
     bias = sizes.float().log()[:, :, None].expand(B, H, Cq, Ck).masked_fill(kept, -math.inf)
     order = torch.arange(L, device=device, dtype=torch.int32).expand(B, H, L).contiguous()
-    return Plan(
+    return SparsePlan(
         key, value, order, query_offsets, order, key_offsets, means[0], means[1], bias.contiguous(),
         kept.sum(-1, dtype=torch.int32), blocks.contiguous(),
     )  # fmt: skip
@@ -207,7 +211,7 @@ def other_stages(query: Tensor, key: Tensor, value: Tensor, arguments: argparse.
     return records
 
 
-def _kept_keys(plan: Plan) -> Tensor:
+def _kept_keys(plan: SparsePlan) -> Tensor:
     """[B,H,Cq]: keys in each row's kept blocks."""
     sizes = plan.key_offsets.diff(dim=-1)[:, :, None].expand_as(plan.kept_blocks)
     listed = torch.arange(plan.bias.shape[-1], device=sizes.device) < plan.kept_count[..., None]

@@ -105,7 +105,7 @@ def measure(shape: Shape, inputs: Inputs, density: float, repeats: int) -> dict[
     measured: dict[str, torch.Tensor] = {}
 
     def time(i: int, name: str, request: context.Measure | None, dense: bool) -> float:
-        running = context.Call(
+        running = context.RunContext(
             strict=True, measure={} if request is None else {0: request}, fixed=fixed,
             dense={0: "to be timed"} if dense else {},
         )  # fmt: skip

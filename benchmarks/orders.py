@@ -6,7 +6,7 @@
 One clip of the scenes that the models learned is mixed with the same noise to each level, from noisy to clean
 as in sampling. The model runs densely, and the inputs of its self attention are planned as a sparse call
 would, at one density for all. A call's error: sampled rows of every head, the same ones for all columns,
-against exact attention (`kernels/measure.py`). Printed are geometric means over the layers, without the
+against exact attention (`kernels/measuring/errors.py`). Printed are geometric means over the layers, without the
 first, which is dense by default.
 
     cubes, splits, kmeans   all heads alike; with +: and with first-order terms
@@ -38,8 +38,9 @@ from torch.overrides import TorchFunctionMode
 
 from svg_ear_compile import tiny_wan
 from svg_ear_compile.cli import size_argument
-from svg_ear_compile.kernels import context, measure, planning
+from svg_ear_compile.kernels import context, planning
 from svg_ear_compile.kernels.constants import SiteConstants
+from svg_ear_compile.kernels.measuring import errors as measure
 from svg_ear_compile.runtime.density import TRIAL
 from svg_ear_compile.runtime.head_variants import ORDERS, best, losses
 
@@ -118,7 +119,7 @@ class Layer:
         c = SiteConstants(
             None, num_text, self.text_first, self.grid, order, "output_error", True, density, 0, 0
         )
-        with context.active(context.Call(carried={} if carried is None else carried)):
+        with context.active(context.RunContext(carried={} if carried is None else carried)):
             plan = planning.make_plan(self.query, self.key, self.value, self.mask, c)
         tokens, exact = drawn
         return measure.planned_errors(self.query, [plan], exact, tokens, c.scale_of(self.query), terms).sum(2)

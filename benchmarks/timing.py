@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from svg_ear_compile.kernels import cluster
+from svg_ear_compile.kernels.blocks import cluster
 
 # The names of kernels that belong to a stage; all others are its "rest": routing, lists, offsets, copies.
 STAGES = {"permute ms": ("gather_kernel",), "probe ms": ("probe_kernel",), "attend ms": ("attention",)}

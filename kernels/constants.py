@@ -20,7 +20,7 @@ class SiteConstants(NamedTuple):
     them, where the call's context says nothing else; None: as the routing finds. site: the number of the site
     in its graph. min_tokens, min_frames: of the video; a call with fewer is dense. 0 where all calls have one
     size, so that nothing is left to check. shards: the sequence is that of so many ranks end to end, each with its
-    equal share of the video and of the text (kernels/places.py). host: somebody decides each call just before it
+    equal share of the video and of the text (kernels/blocks/places.py). host: somebody decides each call just before it
     (context.py), so a call of which nobody does is dense; False: the op is called directly.
     """
 

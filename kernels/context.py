@@ -42,11 +42,11 @@ class SiteTotals:
 
 
 class Measure(NamedTuple):
-    """What to measure in one call of one site, on rows drawn from `seed` (kernels/measure.py).
+    """What to measure in one call of one site, on rows drawn from `seed` (kernels/measuring/errors.py).
 
     A sparse call measures its own error. With densities a call tries, too: it measures the errors that it
     would have made in each of `orders` (none: the site's own) at each of `densities`, without and, with
-    first_order, also with first-order terms (kernels/first_order.py).
+    first_order, also with first-order terms (kernels/attention/first_order.py).
     """
 
     seed: int
@@ -56,14 +56,14 @@ class Measure(NamedTuple):
 
 
 @dataclass
-class Call:
+class RunContext:
     """One call of one compiled graph.
 
     dense: the reason for each site that runs dense in this call; absent means sparse.
     density: per site, what its sparse call may spend, instead of the site's constant.
     split_heads: per site of the order "auto", which heads are put into blocks by splits although the grid is
     known, [H]; absent: none.
-    first_order: per site, which heads get first-order terms (kernels/first_order.py), [H]; absent: none.
+    first_order: per site, which heads get first-order terms (kernels/attention/first_order.py), [H]; absent: none.
     measure: per site, what is to be measured; measured: the answer, [errors, 2, B, H] float32 on the device:
     of a sparse call its own error, then those of what was tried.
     audit: whether sparse calls leave their error over all rows, too; audited: it, per site, as in measured.
@@ -125,9 +125,9 @@ class Call:
 _thread = threading.local()
 
 
-def current() -> Call:
+def current() -> RunContext:
     """The context of the running call; a fresh, empty one outside of any."""
-    return getattr(_thread, "call", None) or Call()
+    return getattr(_thread, "call", None) or RunContext()
 
 
 def inside() -> bool:
@@ -136,7 +136,7 @@ def inside() -> bool:
 
 
 @contextmanager
-def active(call: Call) -> Iterator[None]:
+def active(call: RunContext) -> Iterator[None]:
     """Makes `call` the context of this thread inside the with block."""
     before = getattr(_thread, "call", None)
     _thread.call = call

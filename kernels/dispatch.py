@@ -7,15 +7,20 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from . import attention, covariance, kmeans_steps, permute, probe, route, rows, split_steps
+from .attention import covariance_torch
+from .attention import torch as attention_torch
+from .blocks import permute_torch, splits_torch
+from .measuring import rows_torch
+from .papers import kmeans_torch
+from .probe import torch as probe_torch
+from .routing import torch as routing_torch
 
 
 class Kernels(NamedTuple):
-    """The modules with the functions of kernels/split_steps.py, kmeans_steps.py, permute.py, probe.py,
-    route.py, covariance.py, attention.py and rows.py.
+    """A module for each stage. Whatever the implementation, they have the functions of the PyTorch one.
 
     The last argument of attention's, variable: whether blocks may be of any size (kmeans); Triton cannot
-    see from a plan on the device.
+    see that from a plan on the device.
     """
 
     splits: ModuleType
@@ -28,28 +33,25 @@ class Kernels(NamedTuple):
     rows: ModuleType
 
 
+_TORCH = Kernels(
+    splits_torch, kmeans_torch, permute_torch, probe_torch, routing_torch, covariance_torch, attention_torch,
+    rows_torch,
+)  # fmt: skip
+
+
 def kernels_for(x: Tensor) -> Kernels:
     """For the tensor's device: Triton on CUDA, else PyTorch."""
-    if x.is_cuda:
-        from . import (
-            triton_attention,
-            triton_covariance,
-            triton_kmeans,
-            triton_permute,
-            triton_probe,
-            triton_route,
-            triton_rows,
-            triton_splits,
-        )
+    if not x.is_cuda:
+        return _TORCH
+    from .attention import covariance_triton
+    from .attention import triton as attention_triton
+    from .blocks import permute_triton, splits_triton
+    from .measuring import rows_triton
+    from .papers import kmeans_triton
+    from .probe import triton as probe_triton
+    from .routing import triton as routing_triton
 
-        return Kernels(
-            triton_splits,
-            triton_kmeans,
-            triton_permute,
-            triton_probe,
-            triton_route,
-            triton_covariance,
-            triton_attention,
-            triton_rows,
-        )
-    return Kernels(split_steps, kmeans_steps, permute, probe, route, covariance, attention, rows)
+    return Kernels(
+        splits_triton, kmeans_triton, permute_triton, probe_triton, routing_triton, covariance_triton,
+        attention_triton, rows_triton,
+    )  # fmt: skip

@@ -67,7 +67,7 @@ def _warn_of_no_host() -> None:
     )
 
 
-def _record_failure(call: context.Call, site: int, error: Exception) -> None:
+def _record_failure(call: context.RunContext, site: int, error: Exception) -> None:
     kind = type(error).__name__
     call.dense[site] = f"failed: {kind}"
     call.measure.pop(site, None)  # a trial would only fail once more
@@ -75,7 +75,7 @@ def _record_failure(call: context.Call, site: int, error: Exception) -> None:
     warn_once(call, kind, f"{call.name_of(site)} ran dense because of {error!r}")
 
 
-def warn_once(call: context.Call, kind: str, message: str) -> None:
+def warn_once(call: context.RunContext, kind: str, message: str) -> None:
     if kind not in call.warned:
         call.warned.add(kind)
         warnings.warn(f"svg_ear: {message}", RuntimeWarning, stacklevel=4)

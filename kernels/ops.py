@@ -21,13 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import context, first_order, planning
+from . import context, planning
+from .attention import first_order
 from .constants import SiteConstants
 from .dense import dense_attention, dense_keys, drop_noop_mask, like_output
 from .dispatch import kernels_for
 from .fallback import is_dense, sparse_or_dense
-from .measuring import measure_call, measure_dense, try_forms
-from .plan import Plan, empty_plan
+from .measuring.calls import measure_call, measure_dense, try_forms
+from .plan import SparsePlan, empty_plan
 
 # Decisions and carried centroids are read in Python at every call: a CUDA graph must not record one call's
 # choice, so graphs are cut around the ops. Strides: the kernels read any, so Inductor has only to keep their
@@ -47,9 +48,9 @@ _PLAN = (
 )
 
 
-def _unpack(plan_and_constants: tuple[Any, ...]) -> tuple[Plan, SiteConstants]:
-    n = len(Plan._fields)
-    return Plan(*plan_and_constants[:n]), SiteConstants(*plan_and_constants[n:])
+def _unpack(plan_and_constants: tuple[Any, ...]) -> tuple[SparsePlan, SiteConstants]:
+    n = len(SparsePlan._fields)
+    return SparsePlan(*plan_and_constants[:n]), SiteConstants(*plan_and_constants[n:])
 
 
 def _checked(out: Tensor, query: Tensor) -> Tensor:
@@ -63,16 +64,16 @@ def _checked(out: Tensor, query: Tensor) -> Tensor:
 @torch.library.custom_op(
     "svg_ear::clustered_permute",
     mutates_args=(),
-    schema=f"({_QKV}, {_CONSTANTS}) -> ({', '.join(['Tensor'] * len(Plan._fields))})",
+    schema=f"({_QKV}, {_CONSTANTS}) -> ({', '.join(['Tensor'] * len(SparsePlan._fields))})",
     tags=_TAGS,
 )
 def clustered_permute(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, *constants: Any
-) -> Plan:
+) -> SparsePlan:
     """The plan of one call (kernels/plan.py). In a dense call its tensors are uninitialised and unused."""
     c = SiteConstants(*constants)
 
-    def sparse() -> Plan:
+    def sparse() -> SparsePlan:
         plan = planning.make_plan(query, key, value, drop_noop_mask(attn_mask, c.site), c)
         # What the call remembers stays its own: whoever gets the plan may reuse its memory.
         shared = ("query_order", "query_offsets", "key_order", "key_offsets")
@@ -82,7 +83,7 @@ def clustered_permute(
 
 
 @clustered_permute.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, *constants: Any) -> Plan:
+def _(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, *constants: Any) -> SparsePlan:
     c = SiteConstants(*constants)
     return empty_plan(query, c.num_text, c.order)
 

@@ -24,7 +24,7 @@ KEY_BLOCK = 64
 PAPER_TOKENS, PAPER_QUERY_CLUSTERS, PAPER_KEY_CLUSTERS = 75_600, 300, 1000
 
 
-class Plan(NamedTuple):
+class SparsePlan(NamedTuple):
     """The tensors between the three ops of a site; the class docstring's order is the op's return order.
 
     key, value          [B,H,L,D], dtype of the query: permuted into key order; slots from
@@ -57,7 +57,7 @@ class Plan(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """First-order terms of some heads (kernels/first_order.py).
+    """First-order terms of some heads (kernels/attention/first_order.py).
 
     places [H] int32: which of the matrices are a head's, -1: none. matrices [B,heads,Cq,D,D]: M_i.
     """
@@ -79,7 +79,7 @@ def block_counts(length: int, num_text: int, order: str) -> tuple[tuple[int, int
     return (queries, text[0]), (keys, text[1])
 
 
-def empty_plan(query: Tensor, num_text: int, order: str) -> Plan:
+def empty_plan(query: Tensor, num_text: int, order: str) -> SparsePlan:
     """A plan's tensors, uninitialised: the fake of `clustered_permute`, and its answer in a dense call."""
     B, H, L, D = query.shape
     (vq, tq), (vk, tk) = block_counts(L, num_text, order)
@@ -91,7 +91,7 @@ def empty_plan(query: Tensor, num_text: int, order: str) -> Plan:
     def like(rows: int) -> Tensor:
         return query.new_empty((B, H, rows, D))
 
-    return Plan(
+    return SparsePlan(
         like(L), like(L), ints(L), ints(Cq + 1), ints(L), ints(Ck + 1), like(Ck), like(Ck),
         query.new_empty((B, H, Cq, Ck), dtype=torch.float32), ints(Cq), ints(Cq, Ck),
         like(Cq),

@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from . import capture, cluster, context
-from .cluster import Blocks
+from . import capture, context
+from .blocks import cluster
+from .blocks.cluster import Blocks
+from .blocks.places import of_shards
 from .constants import SiteConstants
 from .dispatch import kernels_for
-from .places import of_shards
-from .plan import KEY_BLOCK, QUERY_BLOCK, Plan, block_counts
+from .plan import KEY_BLOCK, QUERY_BLOCK, SparsePlan, block_counts
 
 
 class Arranged(NamedTuple):
@@ -31,7 +32,9 @@ class Arranged(NamedTuple):
     value_centroids: Tensor
 
 
-def make_plan(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, c: SiteConstants) -> Plan:
+def make_plan(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, c: SiteConstants
+) -> SparsePlan:
     """The plan of one call; its density, and what clustering carries over, lie in the call's context.
 
     attn_mask: [B or 1, 1, 1, L] bool, True where a key may be seen, or None.
@@ -97,15 +100,17 @@ def probe(blocks: Arranged, c: SiteConstants, without_density: bool) -> Any:
     )
 
 
-def route(blocks: Arranged, scores: Any, c: SiteConstants, density: float | None) -> tuple[Plan, Tensor]:
-    """The plan for this density, and the areas of what it computes exactly (kernels/route.py)."""
+def route(
+    blocks: Arranged, scores: Any, c: SiteConstants, density: float | None
+) -> tuple[SparsePlan, Tensor]:
+    """The plan for this density, and the areas of what it computes exactly (kernels/routing/torch.py)."""
     length, dtype = blocks.key.shape[2], blocks.key.dtype
     (video_queries, _), (video_keys, _) = block_counts(length, c.num_text, c.order)
     routed = kernels_for(blocks.key).route.select(
         scores, blocks.queries.offsets, blocks.keys.offsets, (video_queries, video_keys), c.routing, density,
         c.compensate,
     )  # fmt: skip
-    plan = Plan(
+    plan = SparsePlan(
         blocks.key, blocks.value, *blocks.queries, *blocks.keys,
         blocks.key_centroids.to(dtype), blocks.value_centroids.to(dtype),
         routed.bias, routed.kept_count, routed.kept_blocks, blocks.query_centroids.to(dtype),
@@ -113,7 +118,7 @@ def route(blocks: Arranged, scores: Any, c: SiteConstants, density: float | None
     return _checked_plan(plan, c), routed.areas
 
 
-def _checked_plan(plan: Plan, c: SiteConstants) -> Plan:
+def _checked_plan(plan: SparsePlan, c: SiteConstants) -> SparsePlan:
     """A plan, if its tensors have their shapes: the kernels do not look before they read."""
     B, H, L, D = plan.key.shape
     (vq, tq), (vk, tk) = block_counts(L, c.num_text, c.order)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .plan import Plan
+from .plan import SparsePlan
 
 
 def dense(
@@ -36,7 +36,7 @@ def dense(
 
 def joint_softmax(
     query: Tensor,
-    plan: Plan,
+    plan: SparsePlan,
     scale: float,
     dtype: torch.dtype = torch.float64,
     first_order: Sequence[bool] = (),
@@ -65,8 +65,8 @@ def joint_softmax(
     return out
 
 
-def first_order_matrices(plan: Plan, scale: float, dtype: torch.dtype = torch.float64) -> Tensor:
-    """M_i = scale sum_j p_ij C_j of every head (kernels/first_order.py), [B,H,Cq,D,D]."""
+def first_order_matrices(plan: SparsePlan, scale: float, dtype: torch.dtype = torch.float64) -> Tensor:
+    """M_i = scale sum_j p_ij C_j of every head (kernels/attention/first_order.py), [B,H,Cq,D,D]."""
     key, value, key_centroids, value_centroids, query_centroids = (
         x.to(dtype)
         for x in (plan.key, plan.value, plan.key_centroids, plan.value_centroids, plan.query_centroids)
@@ -83,14 +83,14 @@ def first_order_matrices(plan: Plan, scale: float, dtype: torch.dtype = torch.fl
 
 
 def exact_part(
-    query: Tensor, plan: Plan, scale: float, dtype: torch.dtype = torch.float64
+    query: Tensor, plan: SparsePlan, scale: float, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor]:
     """The kept blocks alone: (out [B,H,L,D], lse [B,H,L]); 0 and -inf where nothing is kept."""
     logits = _token_logits(query, plan, scale, dtype)
     return _softmax(logits) @ plan.value.to(dtype), logits.logsumexp(dim=-1)
 
 
-def remade(plan: Plan, key: Tensor, value: Tensor) -> Plan:
+def remade(plan: SparsePlan, key: Tensor, value: Tensor) -> SparsePlan:
     """The plan with keys, values and centroids taken anew, in float64, from the model's own key and value.
 
     joint_softmax of it shows a wrong gather or a wrong mean, which the plan's own tensors would hide.
@@ -106,7 +106,7 @@ def remade(plan: Plan, key: Tensor, value: Tensor) -> Plan:
     )
 
 
-def kept_matrix(plan: Plan) -> Tensor:
+def kept_matrix(plan: SparsePlan) -> Tensor:
     """[B,H,Cq,Ck] bool: which key blocks each query block meets exactly."""
     place = torch.arange(plan.kept_blocks.shape[-1], device=plan.kept_blocks.device)
     listed = place < plan.kept_count[..., None]
@@ -121,14 +121,14 @@ def _members(offsets: Tensor, length: int) -> Tensor:
     return ((slots >= offsets[..., :-1, None]) & (slots < offsets[..., 1:, None])).double()
 
 
-def _rows_of_queries(per_block: Tensor, plan: Plan) -> Tensor:
+def _rows_of_queries(per_block: Tensor, plan: SparsePlan) -> Tensor:
     """[B,H,Cq,X] -> [B,H,L,X]: the row of each query token's block, in token order."""
     block_of_slot = _members(plan.query_offsets, plan.query_order.shape[2]).argmax(dim=2)  # [B,H,L]
     block_of_token = torch.empty_like(block_of_slot).scatter_(2, plan.query_order.long(), block_of_slot)
     return torch.take_along_dim(per_block, block_of_token[..., None], dim=2)
 
 
-def _token_logits(query: Tensor, plan: Plan, scale: float, dtype: torch.dtype) -> Tensor:
+def _token_logits(query: Tensor, plan: SparsePlan, scale: float, dtype: torch.dtype) -> Tensor:
     """[B,H,L,L]: queries in token order, keys in slot order; -inf where the key's block is not kept."""
     slot_kept = kept_matrix(plan).double() @ _members(plan.key_offsets, plan.key.shape[2])  # [B,H,Cq,L]
     logits = query.to(dtype) @ plan.key.to(dtype).mT * scale

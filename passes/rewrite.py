@@ -120,7 +120,7 @@ def _replace(
             result = add(svg_ear.attention.default, (*qkv, *constants), value)
         else:
             plan_op = add(svg_ear.clustered_permute.default, (*qkv, *constants))
-            plan = [add(operator.getitem, (plan_op, i)) for i in range(len(ops.Plan._fields))]
+            plan = [add(operator.getitem, (plan_op, i)) for i in range(len(ops.SparsePlan._fields))]
             exact = add(svg_ear.sparse_exact.default, (*qkv, *plan, *constants))
             out = add(operator.getitem, (exact, 0), value)
             sums = out_value.new_empty(out_value.shape[:-1], dtype=torch.float32)

@@ -21,7 +21,7 @@ from torch._dynamo.exc import ShortenTraceback, TorchDynamoException
 
 from . import other_backends
 from .exceptions import PassError
-from .kernels.choice import attention_kernel
+from .kernels.attention.choice import attention_kernel
 from .passes.classify import classify
 from .passes.inputs import mask_arguments, read_inputs
 from .passes.layout import grid_reader

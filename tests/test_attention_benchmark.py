@@ -8,8 +8,9 @@ import pytest
 import torch
 from benchmark import import_benchmark
 
-from svg_ear_compile.kernels import cluster, context
-from svg_ear_compile.kernels.plan import Plan
+from svg_ear_compile.kernels import context
+from svg_ear_compile.kernels.blocks import cluster
+from svg_ear_compile.kernels.plan import SparsePlan
 from svg_ear_compile.precedence import resolve
 
 
@@ -46,11 +47,11 @@ def test_the_check_of_outputs_sees_what_is_missing(first_order: bool, masked: bo
     value = noise + key @ torch.randn(16, 16, generator=g)  # values go with their keys
     constants = (None, 0, False, [4, 12, 12], "cubes", "output_error", True, 0.3, 0, 0)
     mask = torch.arange(4 * 12 * 12).lt(4 * 12 * 12 - 30)[None, None, None] if masked else None
-    plan = Plan(*torch.ops.svg_ear.clustered_permute(query, key, value, mask, *constants))
+    plan = SparsePlan(*torch.ops.svg_ear.clustered_permute(query, key, value, mask, *constants))
 
     def error(of_output: bool) -> float:
         terms = {0: (of_output,) * 2}
-        with context.active(context.Call(strict=True, first_order=terms)):
+        with context.active(context.RunContext(strict=True, first_order=terms)):
             out = torch.ops.svg_ear.attention(query, key, value, mask, *constants)
         found: float = benchmark.error_to_plan(out, query, plan, 16**-0.5, [0, 1], (first_order,) * 2)[1]
         return found
@@ -67,7 +68,7 @@ def test_clustering_is_watched_and_still_done(order: str) -> None:
     constants = (None, 0, False, [4, 6, 6], order, "output_error", True, 0.3, 0, 0)
 
     def call() -> torch.Tensor:
-        with context.active(context.Call(strict=True)):
+        with context.active(context.RunContext(strict=True)):
             return torch.ops.svg_ear.attention(*qkv, None, *constants)
 
     seen: list[Any] = []

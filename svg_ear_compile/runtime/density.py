@@ -1,8 +1,8 @@
 """What does a layer do in one call: dense or sparse, how dense, in which forms, and is its error measured?
 
-One Controller for a generation and its settings. The ops measure (kernels/measure.py); the sums travel to the host
-while the GPU goes on. What is decided at step s reads those of step s - LAG and before, and waits for them: it never
-depends on how fast anything was, nor on anything before the generation.
+One Controller for a generation and its settings. The ops measure (kernels/measuring/errors.py); the sums travel to
+the host while the GPU goes on. What is decided at step s reads those of step s - LAG and before, and waits for them: it
+never depends on how fast anything was, nor on anything before the generation.
 
 - In the last dense steps (without any, in the first sparse one) each layer tries in which form each head errs least
   (head_variants.py), in the first branch of guidance: the choice holds for all branches and steps. Trials are spread
@@ -47,8 +47,8 @@ class Decision(NamedTuple):
 
     dense: why it is dense, "" if it is not; counter: that reason for the report. density: None where dense, or as
     routed. measure: None: nothing is measured; else the densities to try besides, (): none. orders, terms: in which
-    forms they are tried (context.Measure). split_heads, first_order: as in context.Call. anew: whether orders that
-    were kept are to be made again.
+    forms they are tried (context.Measure). split_heads, first_order: as in context.RunContext. anew: whether orders
+    that were kept are to be made again.
     """
 
     dense: str = ""

@@ -1,6 +1,6 @@
 """In which form does each head go? In cubes or by splits, with or without first-order terms (docs/DESIGN.md).
 
-A trial (kernels/measuring.py) tells what each form would lose on the same rows. A head goes by the one with the
+A trial (kernels/measuring/calls.py) tells what each form would lose on the same rows. A head goes by the one with the
 smallest error, once what the form costs is counted.
 """
 

@@ -1,6 +1,6 @@
 """What was measured in a call, on its way from the device: error sums, and the errors they amount to.
 
-The sums (kernels/measure.py) travel to pinned memory while the GPU goes on; whoever reads them waits for
+The sums (kernels/measuring/errors.py) travel to pinned memory while the GPU goes on; whoever reads them waits for
 their event.
 """
 
@@ -52,7 +52,7 @@ class Sums:
 
 
 def error_of(lost: Tensor, whole: Tensor) -> Error:
-    """lost, whole [B,H]: see kernels/measure.py."""
+    """lost, whole [B,H]: see kernels/measuring/errors.py."""
     known = whole.isfinite()
     lost = torch.where(known, lost.nan_to_num(nan=math.inf), 0)
     whole = torch.where(known, whole, 0)

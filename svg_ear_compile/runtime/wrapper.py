@@ -87,7 +87,7 @@ class SparseCallable:
         self._places = _places(record, plan.sites)
 
     def __call__(self, *args: Any) -> Any:
-        call = context.Call(
+        call = context.RunContext(
             strict=self.settings.strict, warned=self._warned, names=self._names, fixed=self._fixed,
             counters=self.record.fallbacks, mask_ids=self.plan.mask_ids,
         )  # fmt: skip
@@ -106,7 +106,7 @@ class SparseCallable:
             self._fail(error, "after a call")
         return out
 
-    def _prepare(self, call: context.Call, args: tuple[Any, ...]) -> _Run:
+    def _prepare(self, call: context.RunContext, args: tuple[Any, ...]) -> _Run:
         """Fills the context."""
         plan, settings, record = self.plan, self.settings, self.record
         who = caller()
@@ -140,7 +140,7 @@ class SparseCallable:
             self._lay_out(call, run, run.visits[-1])
         return run
 
-    def _lay_out(self, call: context.Call, run: _Run, visit: _Visit) -> None:
+    def _lay_out(self, call: context.RunContext, run: _Run, visit: _Visit) -> None:
         """Puts a decision into the context."""
         site, layer, decision = visit
         if decision.measure is not None:
@@ -190,7 +190,9 @@ class SparseCallable:
             what = "a graph runs dense" if when == "before a call" else "a call was not counted"
             warnings.warn(f"svg_ear: {what} because of {error!r}", RuntimeWarning, stacklevel=3)
 
-    def _finish(self, call: context.Call, args: tuple[Any, ...], planned: set[int], run: _Run | None) -> None:
+    def _finish(
+        self, call: context.RunContext, args: tuple[Any, ...], planned: set[int], run: _Run | None
+    ) -> None:
         """Afterwards: which sites ran sparse, what they measured and found, what their masks show."""
         record = self.record
         if run is None:

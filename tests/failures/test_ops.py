@@ -14,7 +14,12 @@ from toy import EAGER, ToyInputs, ToyVideo, calls, compiled
 
 import svg_ear_compile
 from svg_ear_compile.exceptions import SiteError
-from svg_ear_compile.kernels import attention, cluster, ops, permute, probe, route
+from svg_ear_compile.kernels import ops
+from svg_ear_compile.kernels.attention import torch as attention
+from svg_ear_compile.kernels.blocks import cluster
+from svg_ear_compile.kernels.blocks import permute_torch as permute
+from svg_ear_compile.kernels.probe import torch as probe
+from svg_ear_compile.kernels.routing import torch as route
 
 pytestmark = pytest.mark.usefixtures("fresh")
 LENIENT = {**EAGER, "strict": False}

@@ -19,7 +19,7 @@ from torch import Tensor
 from svg_ear_compile import backend
 from svg_ear_compile.kernels import planning, reference
 from svg_ear_compile.kernels.constants import SiteConstants
-from svg_ear_compile.kernels.plan import Plan
+from svg_ear_compile.kernels.plan import SparsePlan
 from svg_ear_compile.reporting import records
 
 pytestmark = [
@@ -60,12 +60,14 @@ class Variants:
 
 
 @pytest.fixture(scope="module")
-def plans() -> Iterator[dict[int, Plan]]:
+def plans() -> Iterator[dict[int, SparsePlan]]:
     """Per site, the plan that was used last."""
-    used: dict[int, Plan] = {}
+    used: dict[int, SparsePlan] = {}
     make_plan = planning.make_plan
 
-    def spy(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, c: SiteConstants) -> Plan:
+    def spy(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, c: SiteConstants
+    ) -> SparsePlan:
         used[c.site] = make_plan(query, key, value, attn_mask, c)
         return used[c.site]
 
@@ -81,7 +83,7 @@ def run(model: Callable[..., Any], arguments: Any, dtype: torch.dtype) -> list[T
     return [*model(hidden, text, masks), hidden]
 
 
-def by_plans(form: Form, plans: dict[int, Plan], dtype: torch.dtype) -> Model:
+def by_plans(form: Form, plans: dict[int, SparsePlan], dtype: torch.dtype) -> Model:
     """The model, with the joint softmax of its plan at each site that has one."""
 
     def attend(
@@ -98,7 +100,7 @@ def by_plans(form: Form, plans: dict[int, Plan], dtype: torch.dtype) -> Model:
     return model
 
 
-def check(form: Form, plans: dict[int, Plan]) -> None:
+def check(form: Form, plans: dict[int, SparsePlan]) -> None:
     torch._dynamo.reset()
     backend.reset()
     torch.set_num_threads(1)
@@ -131,11 +133,11 @@ def check(form: Form, plans: dict[int, Plan]) -> None:
 
 @given(form=forms(clip=True))
 @settings(parent=PROFILE)
-def test_clips(form: Form, plans: dict[int, Plan]) -> None:
+def test_clips(form: Form, plans: dict[int, SparsePlan]) -> None:
     check(form, plans)
 
 
 @given(form=forms(clip=False))
 @settings(parent=PROFILE)
-def test_packed_tokens(form: Form, plans: dict[int, Plan]) -> None:
+def test_packed_tokens(form: Form, plans: dict[int, SparsePlan]) -> None:
     check(form, plans)

@@ -26,8 +26,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from svg_ear_compile.kernels import context, ops, reference, triton_attention  # noqa: F401 - ops registers
-from svg_ear_compile.kernels.plan import Plan
+from svg_ear_compile.kernels import context, ops, reference  # noqa: F401 - ops registers
+from svg_ear_compile.kernels.attention import triton as triton_attention
+from svg_ear_compile.kernels.plan import SparsePlan
 
 TEXT, GRID = 19, (3, 7, 11)
 CASES: tuple[tuple[str, str, int, torch.dtype], ...] = (
@@ -82,12 +83,12 @@ def every_kernel() -> None:
         fixed: tuple[Any, ...] = (None, TEXT, False, list(GRID), order, routing, True, 0.3, 0, 0)
         terms = (order != "kmeans", False)  # the presets of the papers have none
         tried = {0: context.Measure(1, (0.3,), (), any(terms))}
-        with context.active(context.Call(strict=True, first_order={0: terms}, measure=tried)):
+        with context.active(context.RunContext(strict=True, first_order={0: terms}, measure=tried)):
             out = torch.ops.svg_ear.attention(query, key, value, seen, *fixed)
             parts = torch.ops.svg_ear.clustered_permute(query, key, value, seen, *fixed)
             exact = torch.ops.svg_ear.sparse_exact(query, key, value, seen, *parts, *fixed)
             merged = torch.ops.svg_ear.centroid_compensation(query, *exact, *parts, *fixed)
-        plan, scale = Plan(*parts), head_dim**-0.5
+        plan, scale = SparsePlan(*parts), head_dim**-0.5
         for name, got, first_order in (("attention", out, terms), ("three ops", merged, ())):
             expected = reference.joint_softmax(query, plan, scale, first_order=first_order)
             error = ((got - expected).norm() / expected.norm()).item()

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from svg_ear_compile.kernels import context, ops, reference  # noqa: F401 - ops registers torch.ops.svg_ear
-from svg_ear_compile.kernels.choice import attention_kernel
-from svg_ear_compile.kernels.plan import Plan
+from svg_ear_compile.kernels.attention.choice import attention_kernel
+from svg_ear_compile.kernels.plan import SparsePlan
 
 sys.path.append(str(Path(__file__).parents[1] / "kernels"))
 from plans import random_plan
@@ -28,7 +28,7 @@ SLACK = {torch.float16: 1e-3, torch.bfloat16: 4e-3, torch.float32: 2e-5}
 
 @pytest.fixture(params=["triton", "hopper"])
 def kernels(request, monkeypatch):
-    module = pytest.importorskip("svg_ear_compile.kernels.triton_attention")
+    module = pytest.importorskip("svg_ear_compile.kernels.attention.triton")
     if request.param == "triton":
         monkeypatch.setattr(module, "why_not_hopper", lambda *found: "a test")
         yield module
@@ -38,7 +38,7 @@ def kernels(request, monkeypatch):
     choice = attention_kernel(device, case["dtype"], case["head_dim"], not case["equal"])
     if choice.name != "Gluon for Hopper":
         pytest.skip(choice.reason)
-    from svg_ear_compile.kernels import triton_hopper as hopper
+    from svg_ear_compile.kernels.attention import hopper as hopper
 
     used = []
     attend = hopper.attend
@@ -61,7 +61,9 @@ def output_like(query: Tensor) -> Tensor:
     return torch.full((B, L, H, D), math.nan, dtype=query.dtype, device=query.device).transpose(1, 2)
 
 
-def check(actual: Tensor, query: Tensor, plan: Plan, scale: float, formula=reference.joint_softmax) -> None:
+def check(
+    actual: Tensor, query: Tensor, plan: SparsePlan, scale: float, formula=reference.joint_softmax
+) -> None:
     """At most twice the error of the same formula in plain low-precision PyTorch (FlashAttention's rule)."""
     expected, low = formula(query, plan, scale), formula(query, plan, scale, query.dtype)
     if isinstance(expected, tuple):
@@ -208,7 +210,7 @@ def test_density_one_equals_dense(order, text, first, masked):
     if masked:
         mask = torch.ones(2, 1, 1, length, dtype=torch.bool, device="cuda")
         mask[1, ..., -40:] = False
-    with context.active(context.Call(strict=True)):
+    with context.active(context.RunContext(strict=True)):
         out = torch.ops.svg_ear.attention(
             query, key, value, mask, None, text, first, list(grid), order, "output_error", True, 1.0, 0, 0
         )
@@ -226,11 +228,11 @@ def test_three_ops_equal_the_merged_one_and_the_plan(order, routing):
     query, key, value = inputs(length, 128, torch.bfloat16)
     constants = (None, 33, False, list(grid), order, routing, True, 0.3, 0, 0)
     svg_ear = torch.ops.svg_ear
-    with context.active(context.Call(strict=True)):
+    with context.active(context.RunContext(strict=True)):
         merged = svg_ear.attention(query, key, value, None, *constants)
-    with context.active(context.Call(strict=True)):
+    with context.active(context.RunContext(strict=True)):
         plan = svg_ear.clustered_permute(query, key, value, None, *constants)
         exact, lse = svg_ear.sparse_exact(query, key, value, None, *plan, *constants)
         three = svg_ear.centroid_compensation(query, exact, lse, *plan, *constants)
-    check(merged, query, Plan(*plan), 128**-0.5)
-    check(three, query, Plan(*plan), 128**-0.5)
+    check(merged, query, SparsePlan(*plan), 128**-0.5)
+    check(three, query, SparsePlan(*plan), 128**-0.5)

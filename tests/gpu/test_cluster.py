@@ -12,8 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from svg_ear_compile.kernels import kmeans, kmeans_steps, split_steps, splits
+from svg_ear_compile.kernels.blocks import splits
+from svg_ear_compile.kernels.blocks import splits_torch as split_steps
 from svg_ear_compile.kernels.dispatch import kernels_for
+from svg_ear_compile.kernels.papers import kmeans
+from svg_ear_compile.kernels.papers import kmeans_torch as kmeans_steps
 from svg_ear_compile.kernels.plan import KEY_BLOCK, QUERY_BLOCK
 
 sys.path.append(str(Path(__file__).parents[1] / "kernels"))
@@ -49,7 +52,7 @@ def random_orders(heads: int, length: int) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", [64, 96, 128])
 def test_labels_are_nearest_in_double(dtype, head_dim):
-    triton_kmeans = pytest.importorskip("svg_ear_compile.kernels.triton_kmeans")
+    triton_kmeans = pytest.importorskip("svg_ear_compile.kernels.papers.kmeans_triton")
     x = strided(tokens(1, 3, 2000, head_dim), dtype)[0]
     centroids = tokens(1, 3, 301, head_dim, seed=1)[0].cuda()
     centroids[:, 200] = centroids[:, 1]
@@ -103,7 +106,7 @@ def test_kmeans_is_as_good_as_on_the_cpu(masked):
 @pytest.mark.parametrize(("length", "head_dim", "block"), [(3001, 128, 64), (2500, 96, 128), (700, 64, 32)])
 def test_a_level_of_splits(dtype, length, head_dim, block):
     """Directions and coordinates within rounding, halves exactly the reference's for the same coordinates."""
-    triton_splits = pytest.importorskip("svg_ear_compile.kernels.triton_splits")
+    triton_splits = pytest.importorskip("svg_ear_compile.kernels.blocks.splits_triton")
     x, order = strided(tokens(1, 3, length, head_dim), dtype)[0], random_orders(3, length)
     live = torch.tensor([length - 50], dtype=torch.int32, device="cuda")
     start = torch.linspace(-1, 1.5, head_dim, device="cuda")

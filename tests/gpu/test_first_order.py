@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from svg_ear_compile.kernels import covariance, first_order, reference
+from svg_ear_compile.kernels import reference
+from svg_ear_compile.kernels.attention import covariance_torch as covariance
+from svg_ear_compile.kernels.attention import first_order
 
 sys.path.append(str(Path(__file__).parents[1] / "kernels"))
 from plans import random_plan
@@ -34,7 +36,7 @@ def inputs(length: int, head_dim: int, dtype: torch.dtype) -> tuple[torch.Tensor
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_equals_the_formula(monkeypatch, dtype, head_dim, equal, hopper, masked):
-    kernels = pytest.importorskip("svg_ear_compile.kernels.triton_attention")
+    kernels = pytest.importorskip("svg_ear_compile.kernels.attention.triton")
     if not hopper:
         monkeypatch.setattr(kernels, "why_not_hopper", lambda *found: "a test")
     query, key, value = inputs(1111, head_dim, dtype)
@@ -67,7 +69,7 @@ def test_equals_the_formula(monkeypatch, dtype, head_dim, equal, hopper, masked)
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float32], ids=str)
 @pytest.mark.parametrize("head_dim", [40, 64, 128, 256])
 def test_covariances_equal_the_formula(head_dim, dtype, equal):
-    triton_covariance = pytest.importorskip("svg_ear_compile.kernels.triton_covariance")
+    triton_covariance = pytest.importorskip("svg_ear_compile.kernels.attention.covariance_triton")
     query, key, value = inputs(333, head_dim, dtype)
     plan = random_plan(query, key, value, equal=equal)
     heads = torch.tensor([2, 0], device="cuda")
@@ -85,7 +87,7 @@ def test_covariances_equal_the_formula(head_dim, dtype, equal):
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float32], ids=str)
 @pytest.mark.parametrize("head_dim", [40, 128])
 def test_weights_of_blocks_equal_the_formula(head_dim, dtype):
-    triton_covariance = pytest.importorskip("svg_ear_compile.kernels.triton_covariance")
+    triton_covariance = pytest.importorskip("svg_ear_compile.kernels.attention.covariance_triton")
     query, key, value = inputs(9001, head_dim, dtype)
     plan = random_plan(query, key, value)
     plan.bias[0, 0, 2] -= 300

@@ -10,8 +10,9 @@ import torch
 from gpu.cuda import inputs, no_waiting
 from torch import Tensor
 
-from svg_ear_compile.kernels import context, measure, ops, reference  # noqa: F401 - registers the ops
+from svg_ear_compile.kernels import context, ops, reference  # noqa: F401 - registers the ops
 from svg_ear_compile.kernels.constants import SiteConstants
+from svg_ear_compile.kernels.measuring import errors as measure
 from svg_ear_compile.precedence import resolve
 from svg_ear_compile.runtime.readback import Sums
 
@@ -24,8 +25,8 @@ CONSTANTS = SiteConstants(None, TEXT, False, list(GRID), "auto", "output_error",
 
 def attend(
     qkv: tuple[Tensor, ...], request: context.Measure, dense: bool = False, mask: Tensor | None = None
-) -> tuple[Tensor, context.Call]:
-    call = context.Call(strict=True, measure={SITE: request}, dense={SITE: "a test"} if dense else {})
+) -> tuple[Tensor, context.RunContext]:
+    call = context.RunContext(strict=True, measure={SITE: request}, dense={SITE: "a test"} if dense else {})
     if mask is not None:
         call.seen_keys[SITE] = None
     with context.active(call):
@@ -69,7 +70,7 @@ def test_forms_are_what_sparse_calls_of_them_measure(monkeypatch):
     request, forms = context.Measure(1, (density,), ("cubes", "splits"), True), []
     for split in ((), (True,) * 3):
         for first_order in ((), (True,) * 3):
-            one = context.Call(
+            one = context.RunContext(
                 strict=True, measure={SITE: context.Measure(1)}, split_heads={SITE: split},
                 first_order={SITE: first_order},
             )  # fmt: skip
@@ -111,7 +112,7 @@ def test_a_measurement_takes_a_small_share_of_the_call(heads, share):
     def milliseconds(measured: bool) -> float:
         request = {SITE: context.Measure(1)} if measured else {}
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        with context.active(context.Call(strict=True, measure=request, fixed=fixed)):
+        with context.active(context.RunContext(strict=True, measure=request, fixed=fixed)):
             start.record()
             torch.ops.svg_ear.attention(*as_models, None, *constants)
             end.record()

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from svg_ear_compile.kernels import permute, probe
+from svg_ear_compile.kernels.blocks import permute_torch as permute
 from svg_ear_compile.kernels.plan import KEY_BLOCK
+from svg_ear_compile.kernels.probe import torch as probe
 
 sys.path.append(str(Path(__file__).parents[1] / "kernels"))
 from plans import random_plan
@@ -36,7 +37,7 @@ def plan_of(equal: bool, head_dim: int, dtype: torch.dtype):
 @pytest.mark.parametrize("head_dim", [64, 96, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_gather_and_means(dtype, head_dim, equal):
-    triton_permute = pytest.importorskip("svg_ear_compile.kernels.triton_permute")
+    triton_permute = pytest.importorskip("svg_ear_compile.kernels.blocks.permute_triton")
     query, key, value, plan = plan_of(equal, head_dim, dtype)
     of_keys = plan.key_order, plan.key_offsets
     actual = triton_permute.gather_with_means(key, value, *of_keys)
@@ -51,7 +52,7 @@ def test_gather_and_means(dtype, head_dim, equal):
 
 
 def rounded_error(centroids, key, value, offsets, scale, dtype):
-    """kernels/triton_probe.py's formula for "output_error", its centred weights rounded to dtype."""
+    """kernels/probe/triton.py's formula for "output_error", its centred weights rounded to dtype."""
     B, H, Cq, _ = centroids.shape
     Ck = offsets.shape[-1] - 1
     error, lse = torch.full((2, B, H, Cq, Ck), -math.inf)
@@ -76,8 +77,8 @@ def rounded_error(centroids, key, value, offsets, scale, dtype):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_scores(dtype, routing, equal):
     """Against the PyTorch probe on the CPU; errors within twice what rounding the weights does to them."""
-    triton_probe = pytest.importorskip("svg_ear_compile.kernels.triton_probe")
-    from svg_ear_compile.kernels import triton_route
+    triton_probe = pytest.importorskip("svg_ear_compile.kernels.probe.triton")
+    from svg_ear_compile.kernels.routing import triton as triton_route
 
     for head_dim in (64, 96, 128):
         query, _, _, plan = plan_of(equal, head_dim, dtype)
@@ -105,7 +106,7 @@ def test_scores(dtype, routing, equal):
 
 
 def test_nan_blocks_are_nan_and_stay_in_their_head():
-    triton_probe = pytest.importorskip("svg_ear_compile.kernels.triton_probe")
+    triton_probe = pytest.importorskip("svg_ear_compile.kernels.probe.triton")
     query, _, _, plan = plan_of(True, 128, torch.bfloat16)
     centroids = permute.gathered_means(query, plan.query_order, plan.query_offsets)
     for name in ("key", "value"):

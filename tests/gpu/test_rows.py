@@ -11,8 +11,9 @@ import torch
 from gpu.cuda import no_waiting
 from torch import Tensor
 
-from svg_ear_compile.kernels import first_order, reference
-from svg_ear_compile.kernels.plan import Plan
+from svg_ear_compile.kernels import reference
+from svg_ear_compile.kernels.attention import first_order
+from svg_ear_compile.kernels.plan import SparsePlan
 
 sys.path.append(str(Path(__file__).parents[1] / "kernels"))
 from plans import random_plan
@@ -31,7 +32,7 @@ def inputs(head_dim: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     return tuple(x.to("cuda", dtype).transpose(1, 2) for x in (q, k, v))
 
 
-def some_queries(query: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+def some_queries(query: Tensor, plan: SparsePlan) -> tuple[Tensor, Tensor, Tensor]:
     """Token numbers [B,H,n,1], the queries there and their blocks."""
     random = torch.Generator().manual_seed(1)
     slots = torch.rand(2, 3, LENGTH, generator=random).argsort(-1)[..., :ROWS].cuda()
@@ -45,7 +46,7 @@ def some_queries(query: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_equals_the_formula(dtype, head_dim, equal, masked):
-    triton_rows = pytest.importorskip("svg_ear_compile.kernels.triton_rows")
+    triton_rows = pytest.importorskip("svg_ear_compile.kernels.measuring.rows_triton")
     query, key, value = inputs(head_dim, dtype)
     valid = torch.ones(2, LENGTH, dtype=torch.bool)
     valid[1, 700:] = False
@@ -85,7 +86,7 @@ def test_equals_the_formula(dtype, head_dim, equal, masked):
 
 
 def test_the_same_bits_twice_without_waiting():
-    triton_rows = pytest.importorskip("svg_ear_compile.kernels.triton_rows")
+    triton_rows = pytest.importorskip("svg_ear_compile.kernels.measuring.rows_triton")
     query, key, value = inputs(128, torch.bfloat16)
     plan = random_plan(query, key, value)
     _, queries, blocks = some_queries(query, plan)
@@ -102,7 +103,7 @@ def test_the_same_bits_twice_without_waiting():
 
 
 def test_nothing_to_be_seen():
-    triton_rows = pytest.importorskip("svg_ear_compile.kernels.triton_rows")
+    triton_rows = pytest.importorskip("svg_ear_compile.kernels.measuring.rows_triton")
     query, key, value = inputs(64, torch.float16)
     plan = random_plan(query, key, value, keep=0.0, compensate=False)
     _, queries, blocks = some_queries(query, plan)

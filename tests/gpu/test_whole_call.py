@@ -12,7 +12,7 @@ from torch import Tensor
 
 from svg_ear_compile.kernels import context, ops, reference  # noqa: F401 - registers the ops
 from svg_ear_compile.kernels.dense import dense_attention
-from svg_ear_compile.kernels.plan import Plan
+from svg_ear_compile.kernels.plan import SparsePlan
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -24,7 +24,7 @@ def constants(
 
 
 def attend(qkv, mask: Tensor | None, fixed: tuple[Any, ...]) -> Tensor:
-    with context.active(context.Call(strict=True)):
+    with context.active(context.RunContext(strict=True)):
         return torch.ops.svg_ear.attention(*qkv, mask, *fixed)
 
 
@@ -62,7 +62,7 @@ def some_heads(shape, first_order):
 def test_the_host_never_waits_for_the_device(case, first_order):
     shape, text, grid, order, routing = CASES[case]
     qkv, fixed = inputs(shape), constants(text, grid, order, routing)
-    call = context.Call(strict=True, first_order=some_heads(shape, first_order))
+    call = context.RunContext(strict=True, first_order=some_heads(shape, first_order))
     with context.active(call):
         torch.ops.svg_ear.attention(*qkv, None, *fixed)  # kernels are compiled and constants uploaded here
         with no_waiting():
@@ -75,7 +75,7 @@ def test_a_cuda_graph_records_the_op(case, first_order):
     shape, text, grid, order, routing = CASES[case]
     fixed = constants(text, grid, order, routing)
     static = inputs(shape)
-    call = context.Call(strict=True, first_order=some_heads(shape, first_order))
+    call = context.RunContext(strict=True, first_order=some_heads(shape, first_order))
     with context.active(call):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -90,7 +90,7 @@ def test_a_cuda_graph_records_the_op(case, first_order):
     for x, y in zip(static, others, strict=True):
         x.copy_(y)
     graph.replay()
-    with context.active(context.Call(strict=True, first_order=some_heads(shape, first_order))):
+    with context.active(context.RunContext(strict=True, first_order=some_heads(shape, first_order))):
         assert torch.equal(out, torch.ops.svg_ear.attention(*others, None, *fixed))
 
 
@@ -104,8 +104,8 @@ def test_equals_the_joint_softmax_of_its_plan(case, dtype):
     mask = torch.ones(B, 1, 1, L, device="cuda", dtype=torch.bool)
     mask[-1, ..., -17:] = False
     for seen in (None, mask):
-        with context.active(context.Call(strict=True)):
-            plan = Plan(*torch.ops.svg_ear.clustered_permute(*qkv, seen, *fixed))
+        with context.active(context.RunContext(strict=True)):
+            plan = SparsePlan(*torch.ops.svg_ear.clustered_permute(*qkv, seen, *fixed))
         out = attend(qkv, seen, fixed)
         remade = reference.remade(plan, *qkv[1:])
         exact = reference.joint_softmax(qkv[0], remade, 1 / math.sqrt(D))

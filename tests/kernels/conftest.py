@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from svg_ear_compile.kernels import context, planning
-from svg_ear_compile.kernels.plan import Plan
+from svg_ear_compile.kernels.plan import SparsePlan
 
 # For op_calls.py: --import-mode=importlib adds nothing to the path.
 sys.path.append(str(Path(__file__).parent))
@@ -26,12 +26,12 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def plans(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
+def plans(monkeypatch: pytest.MonkeyPatch) -> list[SparsePlan]:
     """The plans that the ops make."""
-    made: list[Plan] = []
+    made: list[SparsePlan] = []
     make_plan = planning.make_plan
 
-    def spy(*args: Any) -> Plan:
+    def spy(*args: Any) -> SparsePlan:
         made.append(make_plan(*args))
         return made[-1]
 
@@ -40,8 +40,8 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
 
 
 @pytest.fixture
-def strict() -> Iterator[context.Call]:
+def strict() -> Iterator[context.RunContext]:
     """A call in which no error hides behind dense attention."""
-    call = context.Call(strict=True)
+    call = context.RunContext(strict=True)
     with context.active(call):
         yield call

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from svg_ear_compile.kernels.plan import KEY_BLOCK, QUERY_BLOCK, Plan, block_counts
+from svg_ear_compile.kernels.plan import KEY_BLOCK, QUERY_BLOCK, SparsePlan, block_counts
 
 UNSPECIFIED = -1  # in kept_blocks from kept_count on
 
@@ -22,7 +22,7 @@ def random_plan(
     text_first: bool = False,
     valid: Tensor | None = None,
     compensate: bool = True,
-) -> Plan:
+) -> SparsePlan:
     """A plan for query, key, value [B,H,L,D] with random orders, blocks, kept blocks and biases.
 
     equal: video blocks are tiles of 128 queries and 64 keys, the last of each ragged and, where keys are
@@ -62,7 +62,7 @@ def random_plan(
     def ints(x: Tensor) -> Tensor:
         return x.to(query.device, torch.int32).contiguous()
 
-    return Plan(
+    return SparsePlan(
         key_p, value_p, ints(query_order), ints(query_offsets), ints(key_order), ints(key_offsets),
         _means(key_p, key_offsets), _means(value_p, key_offsets), bias.to(query.device),
         ints(kept.sum(-1)), ints(kept_blocks),

@@ -1,4 +1,4 @@
-"""Random scores for the routing, and what kernels/triton_route.py must make of them: what route.py does."""
+"""Random scores for the routing, and what kernels/routing/triton.py must make of them: what route.py does."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from svg_ear_compile.kernels import probe, route
+from svg_ear_compile.kernels.probe import torch as probe
+from svg_ear_compile.kernels.routing import torch as route
 
 
 class Case(NamedTuple):
@@ -76,8 +77,8 @@ def case(
 
 def check(of: Case, routing: str, density: float | None, compensate: bool = True) -> None:
     """What triton_route selects is what route selects: every list, count and area, and the biases."""
-    from svg_ear_compile.kernels import triton_route
-    from svg_ear_compile.kernels.triton_probe import RowScores
+    from svg_ear_compile.kernels.probe.triton import RowScores
+    from svg_ear_compile.kernels.routing import triton as triton_route
 
     B, H, Cq, Ck = of.scores.gap.shape
     want = route.select(*of, routing, density, compensate)

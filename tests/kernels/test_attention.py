@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from svg_ear_compile.kernels import attention, reference
-from svg_ear_compile.kernels.plan import Plan
+from svg_ear_compile.kernels import reference
+from svg_ear_compile.kernels.attention import torch as attention
+from svg_ear_compile.kernels.plan import SparsePlan
 
 from .plans import random_plan
 
@@ -28,13 +29,13 @@ def poisoned(query: Tensor) -> Tensor:
     return query.new_full((B, query.shape[2], H, D), torch.nan).transpose(1, 2)
 
 
-def attend(query: Tensor, plan: Plan) -> Tensor:
+def attend(query: Tensor, plan: SparsePlan) -> Tensor:
     out = poisoned(query)
     assert attention.attend(query, plan, SCALE, out) is out
     return out
 
 
-def three_ops(query: Tensor, plan: Plan) -> Tensor:
+def three_ops(query: Tensor, plan: SparsePlan) -> Tensor:
     exact, lse = attention.sparse_exact(query, plan, SCALE, poisoned(query))
     return attention.centroid_compensation(query, exact, lse, plan, SCALE, poisoned(query))
 
@@ -47,7 +48,7 @@ def assert_accurate(got: Tensor, want: Tensor, plain: Tensor, factor: float = 2)
     assert error <= factor * (plain.double() - want).abs().max() + 2 * rounding
 
 
-def check(query: Tensor, plan: Plan) -> None:
+def check(query: Tensor, plan: SparsePlan) -> None:
     """attend, sparse_exact and the three ops against the reference."""
     want = reference.joint_softmax(query, plan, SCALE)
     plain = reference.joint_softmax(query, plan, SCALE, query.dtype)

@@ -24,14 +24,14 @@ def test_nothing_is_carried_measured_or_summed(
 ) -> None:
     c, mask = CONSTANTS._replace(order=order), torch.ones(2, 1, 1, 300, dtype=torch.bool)
     before, now = inputs(300), inputs(300, seed=1)
-    earlier = context.Call(strict=True)
+    earlier = context.RunContext(strict=True)
     with context.active(earlier):
         merged(*before, None, c)
-    fresh = context.Call(strict=True, dense={c.site: "a test"} if dense else {})
+    fresh = context.RunContext(strict=True, dense={c.site: "a test"} if dense else {})
     with context.active(fresh):
         wanted = merged(*now, None, c)
     monkeypatch.setattr(capture, "is_recorded", lambda x: True)
-    call = context.Call(
+    call = context.RunContext(
         strict=True, audit=True, totals=None, measure={c.site: context.Measure(0, (0.3,))},
         carried=dict(earlier.carried), seen_keys={c.site: 300}, dense=dict(fresh.dense),
     )  # fmt: skip
@@ -47,7 +47,7 @@ def test_what_the_host_knows_of_a_mask_is_not_used(recorded: None) -> None:
     """The replay's mask may hide other keys."""
     q, k, v = inputs(300)
     mask = (torch.arange(300) < 200).expand(2, 1, 1, 300)
-    call = context.Call(strict=True, seen_keys={CONSTANTS.site: 300})
+    call = context.RunContext(strict=True, seen_keys={CONSTANTS.site: 300})
     with context.active(call):
         sparse = merged(q, k, v, mask, CONSTANTS._replace(density=1.0))
         call.dense[CONSTANTS.site] = "a test"

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from svg_ear_compile.kernels.choice import Choice, attention_kernel, why_not_hopper
+from svg_ear_compile.kernels.attention.choice import Choice, attention_kernel, why_not_hopper
 from svg_ear_compile.kernels.triton_configs import assign_config_for, config_for, probe_config_for
 
 HOPPER, CUDA = (9, 0), torch.device("cuda")
@@ -59,7 +59,7 @@ def test_what_the_report_says(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_on_a_cpu_triton_is_not_imported() -> None:
     code = (
-        "import sys, torch; from svg_ear_compile.kernels.choice import attention_kernel;"
+        "import sys, torch; from svg_ear_compile.kernels.attention.choice import attention_kernel;"
         "attention_kernel(torch.device('cpu'), torch.float32, 64); print('triton' in sys.modules)"
     )
     before = "import sys, torch; print('triton' in sys.modules)"

@@ -7,7 +7,11 @@ import torch
 from clustered import is_permutation, radius, tokens
 from torch import Tensor
 
-from svg_ear_compile.kernels import cluster, context, kmeans, kmeans_steps, splits
+from svg_ear_compile.kernels import context
+from svg_ear_compile.kernels.blocks import cluster, splits
+from svg_ear_compile.kernels.blocks.cubes import cubes
+from svg_ear_compile.kernels.papers import kmeans
+from svg_ear_compile.kernels.papers import kmeans_torch as kmeans_steps
 from svg_ear_compile.kernels.plan import KEY_BLOCK, QUERY_BLOCK, block_counts
 
 CPU = torch.device("cpu")
@@ -44,7 +48,7 @@ def coordinates(grid: tuple[int, ...], order: Tensor) -> Tensor:
 
 def test_what_is_remembered_changes_nothing() -> None:
     """Other lengths, grids, texts, masks and heads take turns; none gets what is another's."""
-    call = context.Call()
+    call = context.RunContext()
     lengths = ((273, "auto", GRID), (273, "splits", None), (150, "splits", None), (150, "auto", None))
     heads = ((), (True, False, True), (False, True, False))
     runs = [
@@ -67,7 +71,7 @@ def test_what_is_remembered_changes_nothing() -> None:
     "grid", [(1, 1, 1), (1, 5, 9), (2, 5, 7), (5, 1, 9), (4, 8, 16), (9, 6, 5), (13, 30, 45)]
 )
 def test_cubes_is_a_permutation_whose_steps_are_short(grid: tuple[int, ...]) -> None:
-    order = cluster.cubes(grid, CPU)
+    order = cubes(grid, CPU)
     assert is_permutation(order)
     steps = coordinates(grid, order).diff(dim=0).abs()
     columns = -(-grid[0] // 4) * -(-grid[1] // 4)
@@ -77,7 +81,7 @@ def test_cubes_is_a_permutation_whose_steps_are_short(grid: tuple[int, ...]) -> 
 
 @pytest.mark.parametrize("grid", [(21, 45, 80), (13, 30, 45), (16, 32, 32), (33, 30, 53)])
 def test_cubes_are_compact_on_ragged_grids(grid: tuple[int, ...]) -> None:
-    where = coordinates(grid, cluster.cubes(grid, CPU)).float()
+    where = coordinates(grid, cubes(grid, CPU)).float()
     for size, ideal in ((64, (4, 4, 4)), (128, (4, 4, 8))):
         box = radius(torch.cartesian_prod(*(torch.arange(float(n)) for n in ideal)), size)
         # Ragged slabs are 3 to 4 wide, so boxes get at most 4/3 longer along the width, and a few straddle

@@ -23,7 +23,7 @@ def test_threads_do_not_see_each_other() -> None:
 
     def work(is_dense: bool) -> None:
         torch.set_num_threads(1)
-        call = context.Call(dense={CONSTANTS.site: "a test"} if is_dense else {})
+        call = context.RunContext(dense={CONSTANTS.site: "a test"} if is_dense else {})
         with context.active(call):
             both_inside.wait(timeout=30)
             results[is_dense] = merged(*tensors, None, CONSTANTS)
@@ -41,7 +41,7 @@ def test_threads_do_not_see_each_other() -> None:
 
 
 def test_contexts_nest_and_end_with_an_error() -> None:
-    outer, inner = context.Call(), context.Call()
+    outer, inner = context.RunContext(), context.RunContext()
     with context.active(outer):
         with contextlib.suppress(ZeroDivisionError), context.active(inner):
             assert context.current() is inner

@@ -33,7 +33,7 @@ def test_default_dtype_and_device(family: int, whole: Callable[..., Tensor], den
     tried = context.Measure(3, (0.2, 0.5), ("cubes", "splits"), first_order=True)
 
     def results() -> list[Tensor]:
-        call = context.Call(
+        call = context.RunContext(
             strict=True, audit=True, measure={c.site: tried}, first_order={c.site: (True, False)}
         )
         with context.active(call):

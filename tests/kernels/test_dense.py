@@ -22,7 +22,7 @@ def test_dense_is_what_the_model_asked_for(
 ) -> None:
     tensors = [x if by_token else x.contiguous() for x in inputs(70)]
     mask = (torch.arange(70) < 60).expand(B, 1, 1, 70) if masked else None
-    call = context.Call(dense={CONSTANTS.site: "a test"})
+    call = context.RunContext(dense={CONSTANTS.site: "a test"})
     with context.active(call):
         got = whole(*tensors, mask, CONSTANTS._replace(scale=0.3))
     expected = F.scaled_dot_product_attention(*tensors, attn_mask=mask, scale=0.3)
@@ -61,7 +61,7 @@ def test_dense_calls_leave_out_the_keys_that_a_mask_hides(
         return sdpa(query, key, value, attn_mask=attn_mask, **options)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
-    call = context.Call(dense={CONSTANTS.site: "a test"})
+    call = context.RunContext(dense={CONSTANTS.site: "a test"})
     with context.active(call):
         got = whole(*tensors, mask, CONSTANTS)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
@@ -79,7 +79,7 @@ def test_noop_mask_is_dropped_and_read_once(monkeypatch: pytest.MonkeyPatch) -> 
         return sdpa(*args, **options)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
-    call = context.Call(dense={3: "a test", 4: "a test", 5: "a test"}, mask_ids={3: 0, 4: 0, 5: 1})
+    call = context.RunContext(dense={3: "a test", 4: "a test", 5: "a test"}, mask_ids={3: 0, 4: 0, 5: 1})
     with context.active(call):
         merged(*tensors, mask, CONSTANTS)
         assert call.seen_keys == {0: 70}

@@ -14,8 +14,9 @@ from op_calls import CONSTANTS, B, inputs, lies_by_token, merged, three
 from torch import Tensor
 
 from svg_ear_compile.exceptions import SiteError
-from svg_ear_compile.kernels import attention as cpu_kernels
-from svg_ear_compile.kernels import context, fallback, route
+from svg_ear_compile.kernels import context, fallback
+from svg_ear_compile.kernels.attention import torch as cpu_kernels
+from svg_ear_compile.kernels.routing import torch as route
 
 
 def raising(error: Exception) -> Callable[..., Any]:
@@ -32,13 +33,13 @@ def test_a_failure_means_dense_and_one_warning(
     monkeypatch.setattr(route, "route", raising(ValueError("no way")))
     tensors = inputs(70)
     want = F.scaled_dot_product_attention(*tensors)
-    first = context.Call()
+    first = context.RunContext()
     with context.active(first), pytest.warns(RuntimeWarning, match=r"site 3 .*no way") as caught:
         assert torch.equal(whole(*tensors, None, CONSTANTS), want)
     assert len(caught) == 1
     assert first.dense == {3: "failed: ValueError"}
     assert first.counters == {"fallback: ValueError": 1}
-    second = context.Call(counters=first.counters, warned=first.warned)
+    second = context.RunContext(counters=first.counters, warned=first.warned)
     with context.active(second), warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(whole(*tensors, None, CONSTANTS), want)
@@ -51,7 +52,7 @@ def test_what_failed_is_not_tried_once_more(
 ) -> None:
     """The call that runs dense instead measures no trial, which would fail for the same reason."""
     monkeypatch.setattr(route, "route", raising(ValueError("no way")))
-    call = context.Call(measure={CONSTANTS.site: context.Measure(0, (0.2,))})
+    call = context.RunContext(measure={CONSTANTS.site: context.Measure(0, (0.2,))})
     with context.active(call), pytest.warns(RuntimeWarning, match="ran dense") as caught:
         whole(*inputs(70), None, CONSTANTS)
     assert len(caught) == 1
@@ -64,7 +65,7 @@ def test_a_failing_kernel_means_dense(kernel: str, masked: bool, monkeypatch: py
     monkeypatch.setattr(cpu_kernels, kernel, raising(ValueError("no way")))
     tensors = inputs(70)
     mask = (torch.arange(70) < 60).expand(B, 1, 1, 70) if masked else None
-    with context.active(context.Call()), pytest.warns(RuntimeWarning):
+    with context.active(context.RunContext()), pytest.warns(RuntimeWarning):
         got = three(*tensors, mask, CONSTANTS)
     torch.testing.assert_close(got, F.scaled_dot_product_attention(*tensors, attn_mask=mask))
     assert lies_by_token(got)
@@ -85,14 +86,14 @@ def test_outside_of_a_call_the_merged_op_falls_back_and_the_three_raise(
 @pytest.mark.parametrize("whole", [merged, three])
 def test_strict_raises(whole: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(route, "route", raising(ValueError("no way")))
-    call = context.Call(strict=True, names={3: "blocks.0"})
+    call = context.RunContext(strict=True, names={3: "blocks.0"})
     with context.active(call), pytest.raises(SiteError, match=r"site 3 \(blocks.0\) failed: .*no way"):
         whole(*inputs(70), None, CONSTANTS)
 
 
 def test_device_errors_always_propagate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(route, "route", raising(torch.AcceleratorError("device lost")))
-    call = context.Call()
+    call = context.RunContext()
     with context.active(call), pytest.raises(torch.AcceleratorError):
         merged(*inputs(70), None, CONSTANTS)
     assert not call.dense
@@ -115,7 +116,7 @@ def test_a_call_that_is_too_small_is_dense(
     """67 video tokens and 3 of text. Without a grid nothing says how many frames there are."""
     tensors = inputs(70)
     c = CONSTANTS._replace(num_text=3, order="cubes", density=0.01, **changes)
-    call = context.Call()
+    call = context.RunContext()
     with context.active(call) if inside else nullcontext():
         got = whole(*tensors, None, c)
     want = F.scaled_dot_product_attention(*tensors)
@@ -124,7 +125,7 @@ def test_a_call_that_is_too_small_is_dense(
 
 
 def test_frames_of_this_call_count_where_the_graph_does_not_know_them() -> None:
-    call = context.Call(grid=(1, 7, 10))
+    call = context.RunContext(grid=(1, 7, 10))
     with context.active(call):
         merged(*inputs(70), None, CONSTANTS._replace(min_frames=2))
     assert call.dense == {3: "one frame"}
@@ -143,5 +144,5 @@ def test_without_its_host_a_site_is_dense(whole: Callable[..., Tensor]) -> None:
     assert [str(w.message).split(",")[0] for w in caught] == [
         "svg_ear: compiled code runs without the part that decides each call"
     ]
-    with context.active(context.Call()):
+    with context.active(context.RunContext()):
         assert not torch.equal(whole(*tensors, None, c), want)

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from svg_ear_compile.kernels import attention, context, first_order, ops, planning, reference
+from svg_ear_compile.kernels import context, ops, planning, reference
+from svg_ear_compile.kernels.attention import first_order
+from svg_ear_compile.kernels.attention import torch as attention
 from svg_ear_compile.kernels.constants import SiteConstants
-from svg_ear_compile.kernels.plan import Plan
+from svg_ear_compile.kernels.plan import SparsePlan
 
 from .plans import random_plan
 
@@ -25,7 +27,7 @@ def inputs(length: int, seed: int = 0) -> list[Tensor]:
     return [q, k, v + k @ torch.randn(D, D, generator=random) / 2]
 
 
-def attend(query: Tensor, plan: Plan, heads: tuple[bool, ...]) -> Tensor:
+def attend(query: Tensor, plan: SparsePlan, heads: tuple[bool, ...]) -> Tensor:
     out = torch.full_like(query, torch.nan)
     return attention.attend(query, plan, SCALE, out, terms=first_order.terms(plan, SCALE, heads))
 
@@ -107,10 +109,10 @@ def test_heads_in_groups_or_at_once(group: int, monkeypatch: pytest.MonkeyPatch)
 def test_the_op_adds_them_for_the_call_s_heads() -> None:
     query, key, value = inputs(256)
     constants = SiteConstants(None, 0, False, list(GRID), "cubes", "output_error", True, 0.3, 0, 5)
-    with context.active(context.Call(strict=True)):
+    with context.active(context.RunContext(strict=True)):
         plain = ops.attention(query, key, value, None, *constants)
         plan = planning.make_plan(query, key, value, None, constants)
-    with context.active(context.Call(strict=True, first_order={5: CHOSEN})):
+    with context.active(context.RunContext(strict=True, first_order={5: CHOSEN})):
         out = ops.attention(query, key, value, None, *constants)
     assert torch.equal(out[:, 1], plain[:, 1])
     want = reference.joint_softmax(query, plan, SCALE, first_order=CHOSEN)

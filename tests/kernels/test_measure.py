@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 from svg_ear_compile.exceptions import SiteError
-from svg_ear_compile.kernels import context, first_order, measure, planning, reference, rows
+from svg_ear_compile.kernels import context, planning, reference
+from svg_ear_compile.kernels.attention import first_order
 from svg_ear_compile.kernels.constants import SiteConstants
 from svg_ear_compile.kernels.context import Measure
+from svg_ear_compile.kernels.measuring import errors as measure
+from svg_ear_compile.kernels.measuring import rows_torch as rows
 
 TEXT, GRID = 9, (5, 8, 10)
 VIDEO = 5 * 8 * 10
@@ -43,7 +46,7 @@ def mask() -> Tensor:
 
 
 def attend(
-    call: context.Call, c: SiteConstants, attn_mask: Tensor | None = None, merged: bool = True
+    call: context.RunContext, c: SiteConstants, attn_mask: Tensor | None = None, merged: bool = True
 ) -> Tensor:
     qkv = (*inputs(), attn_mask)
     with context.active(call):
@@ -54,9 +57,9 @@ def attend(
         return torch.ops.svg_ear.centroid_compensation(qkv[0], out, lse, *plan, *c)
 
 
-def call(*densities: float, dense: bool = False, **more: Any) -> context.Call:
+def call(*densities: float, dense: bool = False, **more: Any) -> context.RunContext:
     reasons = {SITE: "a test"} if dense else {}
-    return context.Call(strict=True, measure={SITE: Measure(5, densities)}, dense=reasons, **more)
+    return context.RunContext(strict=True, measure={SITE: Measure(5, densities)}, dense=reasons, **more)
 
 
 def sums_of(out: Tensor, attn_mask: Tensor | None = None) -> Tensor:
@@ -132,7 +135,7 @@ def test_a_trial_is_what_the_sparse_call_then_measures(order, routing, masked, m
 def test_orders_are_tried_on_the_same_rows() -> None:
     """Each as a site of that order would have measured it, where all rows count."""
     orders, densities = ("cubes", "splits"), (0.2, 0.5)
-    both = context.Call(
+    both = context.RunContext(
         strict=True, measure={SITE: Measure(5, densities, orders)}, dense={SITE: "a test"},
         split_heads={SITE: (True, False, True)},
     )  # fmt: skip
@@ -154,11 +157,11 @@ def test_what_no_density_changes_is_made_once(masked, monkeypatch) -> None:
     attn_mask, orders, densities = mask() if masked else None, ("cubes", "splits"), (0.2, 0.5)
     query, key, value = inputs()
     tokens = measure.sample(VIDEO + TEXT, query, 5, measure.count(query, trial=True))
-    dense = context.Call(strict=True, dense={SITE: "a test"})
+    dense = context.RunContext(strict=True, dense={SITE: "a test"})
     exact = measure.rows(attend(dense, constants(), attn_mask), tokens)
     expected = []
     for order, density in itertools.product(orders, densities):
-        with context.active(context.Call(density={SITE: density})):
+        with context.active(context.RunContext(density={SITE: density})):
             plan = planning.make_plan(query, key, value, attn_mask, constants(order))
         expected.append(measure.planned_errors(query, [plan], exact, tokens, 0.25, terms=True))
 
@@ -173,7 +176,7 @@ def test_what_no_density_changes_is_made_once(masked, monkeypatch) -> None:
         (rows, "planned_rows"),
     ):  # fmt: skip
         counted(module, name)
-    running = context.Call(
+    running = context.RunContext(
         strict=True, measure={SITE: Measure(5, densities, orders, True)}, dense={SITE: "a test"}
     )
     attend(running, constants("auto"), attn_mask)
@@ -194,14 +197,16 @@ def test_forms_are_what_sparse_calls_of_them_measure(masked, monkeypatch) -> Non
     expected = torch.cat(forms)
     assert not torch.allclose(expected[0], expected[1], rtol=1e-2), "terms make a difference"
     request = {SITE: Measure(5, (0.3,), orders, True)}
-    dense = context.Call(strict=True, measure=request, dense={SITE: "a test"})
+    dense = context.RunContext(strict=True, measure=request, dense={SITE: "a test"})
     attend(dense, constants("auto"), attn_mask)
     torch.testing.assert_close(dense.measured[SITE], expected, rtol=1e-3, atol=1e-9)
-    sparse = context.Call(strict=True, measure=request, split_heads={SITE: (True,) * 3}, density={SITE: 0.3})
+    sparse = context.RunContext(
+        strict=True, measure=request, split_heads={SITE: (True,) * 3}, density={SITE: 0.3}
+    )
     attend(sparse, constants("auto"), attn_mask)
     torch.testing.assert_close(sparse.measured[SITE][0], expected[2], rtol=1e-3, atol=1e-9)
     torch.testing.assert_close(sparse.measured[SITE][1:], expected, rtol=1e-3, atol=1e-9)
-    apart = context.Call(strict=True, measure=request, density={SITE: 0.3})
+    apart = context.RunContext(strict=True, measure=request, density={SITE: 0.3})
     attend(apart, constants("cubes"), attn_mask, merged=False)
     assert len(apart.measured[SITE]) == 1, "three ops only measure"
 
@@ -211,7 +216,7 @@ def test_a_trial_takes_heads_in_groups_or_at_once(monkeypatch) -> None:
     for group in (1, 2**40):
         for module in (rows, first_order):
             monkeypatch.setattr(module, "_CHUNK_BYTES", group)
-        running = context.Call(
+        running = context.RunContext(
             strict=True, measure={SITE: Measure(5, (0.3,), (), True)}, dense={SITE: "a test"}
         )
         attend(running, constants(), mask())
@@ -221,7 +226,7 @@ def test_a_trial_takes_heads_in_groups_or_at_once(monkeypatch) -> None:
 
 @pytest.mark.parametrize("merged", [True, False])
 def test_a_trial_changes_nothing_else(merged) -> None:
-    plain, tried = context.Call(dense={SITE: "a test"}), call(0.15, 0.5, dense=True)
+    plain, tried = context.RunContext(dense={SITE: "a test"}), call(0.15, 0.5, dense=True)
     assert torch.equal(attend(plain, constants(), None, merged), attend(tried, constants(), None, merged))
     assert not tried.totals
     assert SITE in tried.measured
@@ -237,7 +242,7 @@ def test_the_call_s_density_wins_over_the_site_s() -> None:
 
 
 def test_nothing_is_measured_unasked() -> None:
-    running = context.Call()
+    running = context.RunContext()
     attend(running, constants())
     assert not running.measured
     assert not running.audited
@@ -245,7 +250,7 @@ def test_nothing_is_measured_unasked() -> None:
 
 @pytest.mark.parametrize("dense", [False, True])
 def test_a_failed_measurement_costs_nothing_but_itself(dense, monkeypatch) -> None:
-    expected = attend(context.Call(dense={SITE: "a test"} if dense else {}), constants())
+    expected = attend(context.RunContext(dense={SITE: "a test"} if dense else {}), constants())
     monkeypatch.setattr(measure, "sample", lambda *_: 1 / 0)
     running = call(0.2, dense=dense) if dense else call()
     running.strict = False

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from svg_ear_compile.kernels import context, planning, reference
 from svg_ear_compile.kernels.constants import SiteConstants
-from svg_ear_compile.kernels.plan import Plan
+from svg_ear_compile.kernels.plan import SparsePlan
 
 OPS = [
     torch.ops.svg_ear.clustered_permute.default,
@@ -38,8 +38,8 @@ def test_joint_softmax_of_the_plan_that_was_used(
     text_first: bool,
     density: float,
     whole: Callable[..., Tensor],
-    plans: list[Plan],
-    strict: context.Call,
+    plans: list[SparsePlan],
+    strict: context.RunContext,
 ) -> None:
     query, key, value = inputs(length)
     for c in sites(length, num_text, text_first=text_first, density=density):
@@ -56,7 +56,7 @@ def test_joint_softmax_of_the_plan_that_was_used(
 @pytest.mark.parametrize("whole", [merged, three])
 @pytest.mark.parametrize("density", [0.0, 0.15])
 def test_dropped_blocks(
-    density: float, whole: Callable[..., Tensor], plans: list[Plan], strict: context.Call
+    density: float, whole: Callable[..., Tensor], plans: list[SparsePlan], strict: context.RunContext
 ) -> None:
     """Without compensation it is the softmax over kept tokens; 0 where a query meets none."""
     query, key, value = inputs(300)
@@ -70,7 +70,7 @@ def test_dropped_blocks(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision(dtype: torch.dtype, plans: list[Plan], strict: context.Call) -> None:
+def test_low_precision(dtype: torch.dtype, plans: list[SparsePlan], strict: context.RunContext) -> None:
     """At most twice the error of the same formula in the low precision (FlashAttention's rule)."""
     query, key, value = inputs(200, dtype)
     for c in sites(200):
@@ -82,7 +82,7 @@ def test_low_precision(dtype: torch.dtype, plans: list[Plan], strict: context.Ca
         assert (got.double() - truth).abs().max() <= 2 * (plain.double() - truth).abs().max()
 
 
-def test_key_padding_mask(plans: list[Plan], strict: context.Call) -> None:
+def test_key_padding_mask(plans: list[SparsePlan], strict: context.RunContext) -> None:
     query, key, value = inputs(270)
     hidden = torch.arange(270) >= torch.tensor([[240], [270]])
     mask = ~hidden[:, None, None, :]
@@ -99,7 +99,7 @@ def test_key_padding_mask(plans: list[Plan], strict: context.Call) -> None:
             torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
 
 
-def test_large_logits_and_duplicates(plans: list[Plan], strict: context.Call) -> None:
+def test_large_logits_and_duplicates(plans: list[SparsePlan], strict: context.RunContext) -> None:
     query, key, value = inputs(200)
     for q, k in ((query * 22, key * 22), (query[:, :, :1].expand_as(query), key[:, :, :1].expand_as(key))):
         for c in sites(200):
@@ -108,7 +108,7 @@ def test_large_logits_and_duplicates(plans: list[Plan], strict: context.Call) ->
             torch.testing.assert_close(got.double(), truth, rtol=1e-3, atol=1e-3)
 
 
-def test_nan_stays_in_its_head_and_batch_element(strict: context.Call) -> None:
+def test_nan_stays_in_its_head_and_batch_element(strict: context.RunContext) -> None:
     for c in sites(200):
         for name in range(3):
             clean = inputs(200)
@@ -120,12 +120,12 @@ def test_nan_stays_in_its_head_and_batch_element(strict: context.Call) -> None:
             assert got[1, 0].isnan().any()
 
 
-def test_same_bits_twice(strict: context.Call) -> None:
+def test_same_bits_twice(strict: context.RunContext) -> None:
     for c in sites(200):
         assert torch.equal(merged(*inputs(200), None, c), merged(*inputs(200), None, c))
 
 
-def test_autocast_does_not_reach_into_the_ops(strict: context.Call) -> None:
+def test_autocast_does_not_reach_into_the_ops(strict: context.RunContext) -> None:
     tensors = inputs(200)
     for whole in (merged, three):
         want = whole(*tensors, None, CONSTANTS)
@@ -146,7 +146,7 @@ def test_tags(op: torch._ops.OpOverload) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("order", ["splits", "kmeans"])
-def test_opcheck(order: str, dtype: torch.dtype, strict: context.Call) -> None:
+def test_opcheck(order: str, dtype: torch.dtype, strict: context.RunContext) -> None:
     """Schema, fake and aot dispatch with static and dynamic shapes."""
     query, key, value = inputs(70, dtype)
     mask = (torch.arange(70) < 66).expand(B, 1, 1, 70)
@@ -171,7 +171,7 @@ def test_fakes_tell_the_truth(length: int, is_dense: bool, by_token: bool) -> No
     tensors = [x if by_token else x.contiguous() for x in inputs(length)]
     mask = torch.arange(length).expand(B, 1, 1, length) < length - 1
     c = CONSTANTS._replace(num_text=length // 10)
-    call = context.Call(dense={c.site: "a test"} if is_dense else {}, strict=True)
+    call = context.RunContext(dense={c.site: "a test"} if is_dense else {}, strict=True)
     with torch._subclasses.FakeTensorMode() as mode:
         fakes = [mode.from_tensor(x) for x in (*tensors, mask)]
         fake_plan = torch.ops.svg_ear.clustered_permute(*fakes, *c)
@@ -193,7 +193,7 @@ def test_fakes_tell_the_truth(length: int, is_dense: bool, by_token: bool) -> No
 def test_constants_survive_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def make_plan(*args: Any) -> Plan:
+    def make_plan(*args: Any) -> SparsePlan:
         seen.append(args[-1])
         raise ZeroDivisionError
 
@@ -215,7 +215,7 @@ def model(x: Tensor, whole: Callable[..., Tensor], c: SiteConstants) -> Tensor:
 
 @pytest.mark.parametrize("whole", [merged, three])
 @pytest.mark.parametrize("dynamic", [True, False])
-def test_aot_eager(dynamic: bool, whole: Callable[..., Tensor], strict: context.Call) -> None:
+def test_aot_eager(dynamic: bool, whole: Callable[..., Tensor], strict: context.RunContext) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     for c in (CONSTANTS, CONSTANTS._replace(order="kmeans", num_text=4, text_first=True)):
@@ -224,7 +224,7 @@ def test_aot_eager(dynamic: bool, whole: Callable[..., Tensor], strict: context.
             assert torch.equal(compiled(x, whole, c), model(x, whole, c))
 
 
-def test_inductor_copies_nothing(strict: context.Call) -> None:
+def test_inductor_copies_nothing(strict: context.RunContext) -> None:
     """The op reads slices of a fused projection and writes what the model goes on with, as they lie."""
     from torch._inductor.utils import run_and_get_code
 

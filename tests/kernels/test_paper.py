@@ -12,7 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from svg_ear_compile.kernels import cluster, kmeans, permute, probe, route
+from svg_ear_compile.kernels.blocks import cluster
+from svg_ear_compile.kernels.blocks import permute_torch as permute
+from svg_ear_compile.kernels.papers import kmeans
+from svg_ear_compile.kernels.probe import torch as probe
+from svg_ear_compile.kernels.routing import torch as route
 
 QUERY_CLUSTERS, KEY_CLUSTERS = 9, 21
 DIM = 12

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from svg_ear_compile.kernels import permute
+from svg_ear_compile.kernels.blocks import permute_torch as permute
 
 from .plans import random_plan
 

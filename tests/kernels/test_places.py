@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from svg_ear_compile.kernels import places
+from svg_ear_compile.kernels.blocks import places
 from svg_ear_compile.kernels.constants import SiteConstants
 from svg_ear_compile.kernels.ops import attention
 

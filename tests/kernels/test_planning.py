@@ -5,10 +5,12 @@ from __future__ import annotations
 from op_calls import CONSTANTS, B, H, inputs, merged, sites
 
 from svg_ear_compile.kernels import context, reference
-from svg_ear_compile.kernels.plan import Plan
+from svg_ear_compile.kernels.plan import SparsePlan
 
 
-def test_totals_count_video_pairs_of_sparse_calls(plans: list[Plan], strict: context.Call) -> None:
+def test_totals_count_video_pairs_of_sparse_calls(
+    plans: list[SparsePlan], strict: context.RunContext
+) -> None:
     query, key, value = inputs(270)
     c = sites(270, num_text=70)[1]
     merged(query, key, value, None, c)
@@ -27,7 +29,7 @@ def test_totals_count_video_pairs_of_sparse_calls(plans: list[Plan], strict: con
 
 def test_kmeans_carries_centroids_in_the_call() -> None:
     c = CONSTANTS._replace(order="kmeans")
-    call = context.Call(strict=True)
+    call = context.RunContext(strict=True)
     with context.active(call):
         merged(*inputs(200), None, c)
         first = call.carried[c.site]

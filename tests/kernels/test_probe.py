@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from svg_ear_compile.kernels import permute, probe
+from svg_ear_compile.kernels.blocks import permute_torch as permute
+from svg_ear_compile.kernels.probe import torch as probe
 
 EPS = torch.finfo(torch.float32).eps
 ROUTINGS = ("output_error", "svg_ear")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from svg_ear_compile.kernels import reference
-from svg_ear_compile.kernels.plan import Plan
+from svg_ear_compile.kernels.plan import SparsePlan
 
 from .plans import random_plan
 
@@ -21,7 +21,7 @@ def inputs(length: int, seed: int = 0) -> list[Tensor]:
 
 
 def by_hand(
-    query: Tensor, plan: Plan, b: int, h: int, slot: int, centroids: bool
+    query: Tensor, plan: SparsePlan, b: int, h: int, slot: int, centroids: bool
 ) -> tuple[list[float], float]:
     """(output, lse) of the query in one slot, as docs/DESIGN.md writes it."""
     block = next(i for i in range(plan.bias.shape[2]) if slot < plan.query_offsets[b, h, i + 1])

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from svg_ear_compile.kernels import cluster, permute, probe, route
+from svg_ear_compile.kernels.blocks import cluster
+from svg_ear_compile.kernels.blocks import permute_torch as permute
 from svg_ear_compile.kernels.plan import block_counts
+from svg_ear_compile.kernels.probe import torch as probe
+from svg_ear_compile.kernels.routing import torch as route
 
 ROUTINGS = ("output_error", "svg_ear", "mass")
 

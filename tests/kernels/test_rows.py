@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from svg_ear_compile.kernels import first_order, reference, rows
-from svg_ear_compile.kernels.plan import Plan
+from svg_ear_compile.kernels import reference
+from svg_ear_compile.kernels.attention import first_order
+from svg_ear_compile.kernels.measuring import rows_torch as rows
+from svg_ear_compile.kernels.plan import SparsePlan
 
 from .plans import random_plan
 
@@ -22,7 +24,7 @@ def inputs(seed: int = 0) -> list[Tensor]:
     return [q, k, v + k @ torch.randn(D, D, generator=random) / 2]
 
 
-def some_queries(plan: Plan, n: int = 37) -> tuple[Tensor, Tensor]:
+def some_queries(plan: SparsePlan, n: int = 37) -> tuple[Tensor, Tensor]:
     """Tokens [B,H,n], each head's own, and the query blocks that hold them."""
     random = torch.Generator().manual_seed(1)
     slots = torch.rand(B, H, L, generator=random).argsort(-1)[..., :n]
@@ -30,14 +32,14 @@ def some_queries(plan: Plan, n: int = 37) -> tuple[Tensor, Tensor]:
     return plan.query_order.gather(-1, slots).long(), (ends <= slots[..., None]).sum(-1)
 
 
-def share_of_centroids(query: Tensor, plan: Plan, scale: float) -> Tensor:
+def share_of_centroids(query: Tensor, plan: SparsePlan, scale: float) -> Tensor:
     """The output where all values are 0 and all of the centroids 1."""
     zeros, ones = torch.zeros_like(plan.value), torch.ones_like(plan.value_centroids)
     return reference.joint_softmax(query, plan._replace(value=zeros, value_centroids=ones), scale)[..., 0]
 
 
 def check(
-    query: Tensor, plan: Plan, clean: Plan | None = None, scale: float = SCALE
+    query: Tensor, plan: SparsePlan, clean: SparsePlan | None = None, scale: float = SCALE
 ) -> tuple[Tensor, Tensor]:
     tokens, blocks = some_queries(plan)
     queries = torch.take_along_dim(query, tokens[..., None], dim=2)

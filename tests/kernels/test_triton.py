@@ -28,21 +28,19 @@ if not INTERPRETED:
 else:
     from plans import random_plan
 
-    from svg_ear_compile.kernels import (
-        covariance,
-        first_order,
-        permute,
-        probe,
-        reference,
-        rows,
-        triton_attention,
-        triton_covariance,
-        triton_permute,
-        triton_probe,
-        triton_route,
-        triton_rows,
-    )
-    from svg_ear_compile.kernels.plan import Plan
+    from svg_ear_compile.kernels import reference
+    from svg_ear_compile.kernels.attention import covariance_torch as covariance
+    from svg_ear_compile.kernels.attention import covariance_triton as triton_covariance
+    from svg_ear_compile.kernels.attention import first_order
+    from svg_ear_compile.kernels.attention import triton as triton_attention
+    from svg_ear_compile.kernels.blocks import permute_torch as permute
+    from svg_ear_compile.kernels.blocks import permute_triton as triton_permute
+    from svg_ear_compile.kernels.measuring import rows_torch as rows
+    from svg_ear_compile.kernels.measuring import rows_triton as triton_rows
+    from svg_ear_compile.kernels.plan import SparsePlan
+    from svg_ear_compile.kernels.probe import torch as probe
+    from svg_ear_compile.kernels.probe import triton as triton_probe
+    from svg_ear_compile.kernels.routing import triton as triton_route
     from svg_ear_compile.kernels.triton_configs import Config
 
     ONE_BY_ONE = Config(64, 64, 64, 4, 1, 1)
@@ -63,7 +61,9 @@ def output_like(query: Tensor) -> Tensor:
     return torch.full((B, L, H, D), math.nan).transpose(1, 2)
 
 
-def check(query: Tensor, plan: Plan, equal: bool, config: Config, three: bool = True, atol=5e-6) -> Tensor:
+def check(
+    query: Tensor, plan: SparsePlan, equal: bool, config: Config, three: bool = True, atol=5e-6
+) -> Tensor:
     """attend, and the two separate streams, against the reference; gives attend's output."""
     options = (not equal, config)
     out = triton_attention.attend(query, plan, SCALE, output_like(query), *options)

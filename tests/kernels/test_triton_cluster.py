@@ -19,7 +19,10 @@ sys.path.append(str(Path(__file__).parent))
 from clustered import is_permutation, radius, tokens
 from interpreter import INTERPRETED, run_interpreted
 
-from svg_ear_compile.kernels import kmeans, kmeans_steps, split_steps, splits
+from svg_ear_compile.kernels.blocks import splits
+from svg_ear_compile.kernels.blocks import splits_torch as split_steps
+from svg_ear_compile.kernels.papers import kmeans
+from svg_ear_compile.kernels.papers import kmeans_torch as kmeans_steps
 
 if not INTERPRETED:
 
@@ -27,7 +30,8 @@ if not INTERPRETED:
         run_interpreted(__file__)
 
 else:
-    from svg_ear_compile.kernels import triton_kmeans, triton_splits
+    from svg_ear_compile.kernels.blocks import splits_triton as triton_splits
+    from svg_ear_compile.kernels.papers import kmeans_triton as triton_kmeans
     from svg_ear_compile.kernels.triton_configs import Config
 
     SMALL_TILES = Config(32, 0, 16, 4, 1, 1)

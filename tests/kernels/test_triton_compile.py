@@ -5,6 +5,8 @@ configurations that video models use, attention for all GPUs and the other kerne
 SVG_EAR_TEST_ALL_CONFIGS=1 compiles all (about half an hour).
 """
 
+# ruff: noqa: E402
+
 from __future__ import annotations
 
 import os
@@ -17,18 +19,16 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from svg_ear_compile.kernels import (  # noqa: E402
-    triton_attention,
-    triton_covariance,
-    triton_kmeans,
-    triton_permute,
-    triton_probe,
-    triton_route,
-    triton_rows,
-    triton_splits,
-)
-from svg_ear_compile.kernels.choice import why_not_hopper  # noqa: E402
-from svg_ear_compile.kernels.triton_configs import (  # noqa: E402
+from svg_ear_compile.kernels.attention import covariance_triton as triton_covariance
+from svg_ear_compile.kernels.attention import triton as triton_attention
+from svg_ear_compile.kernels.attention.choice import why_not_hopper
+from svg_ear_compile.kernels.blocks import permute_triton as triton_permute
+from svg_ear_compile.kernels.blocks import splits_triton as triton_splits
+from svg_ear_compile.kernels.measuring import rows_triton as triton_rows
+from svg_ear_compile.kernels.papers import kmeans_triton as triton_kmeans
+from svg_ear_compile.kernels.probe import triton as triton_probe
+from svg_ear_compile.kernels.routing import triton as triton_route
+from svg_ear_compile.kernels.triton_configs import (
     assign_config_for,
     config_for,
     probe_config_for,
@@ -253,7 +253,7 @@ def test_hopper(tmp_path, head_dim, dtype, terms):
         pytest.skip(why_not)
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    from svg_ear_compile.kernels import triton_hopper
+    from svg_ear_compile.kernels.attention import hopper as triton_hopper
 
     options = triton_hopper.meta(head_dim, terms)
     box = triton_hopper.BOX

@@ -20,8 +20,9 @@ if not INTERPRETED:
 else:
     from routing import case, check
 
-    from svg_ear_compile.kernels import route, triton_route
-    from svg_ear_compile.kernels.triton_probe import RowScores
+    from svg_ear_compile.kernels.probe.triton import RowScores
+    from svg_ear_compile.kernels.routing import torch as route
+    from svg_ear_compile.kernels.routing import triton as triton_route
 
     @pytest.mark.parametrize("errors", ["random", "ties", "equal", "zeros", "bad"])
     @pytest.mark.parametrize("equal", [True, False], ids=["tiles", "clusters"])

@@ -55,7 +55,7 @@ def hosted(run: Callable[..., Any]) -> Callable[..., Any]:
     """Calls it within a context, as our backend does, so that its sites are sparse."""
 
     def call(*args: Any) -> Any:
-        with context.active(context.Call()):
+        with context.active(context.RunContext()):
             return run(*args)
 
     return call

@@ -16,23 +16,23 @@ from models.capture import Backend, Knobs, compiled
 from torch import Tensor, fx, nn
 
 from svg_ear_compile.kernels import context, planning, reference
-from svg_ear_compile.kernels.plan import Plan
+from svg_ear_compile.kernels.plan import SparsePlan
 from svg_ear_compile.passes.match import AttentionNode, match
 from svg_ear_compile.passes.site import Site
 
-Formula = Callable[[Tensor, Plan, float], Tensor]
+Formula = Callable[[Tensor, SparsePlan, float], Tensor]
 
 
-class Kept(list[Plan]):
+class Kept(list[SparsePlan]):
     """The plans of all sparse calls, oldest first; those of one call of a graph in the order of its sites:
     Inductor may compute two that do not depend on each other (sana_wm has them) in either order."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         super().__init__()
         make_plan = planning.make_plan
-        made: list[tuple[context.Call, int]] = []
+        made: list[tuple[context.RunContext, int]] = []
 
-        def spy(*arguments: Any) -> Plan:
+        def spy(*arguments: Any) -> SparsePlan:
             call, site = context.current(), arguments[-1].site
             at = len(self)
             while at and made[at - 1][0] is call and made[at - 1][1] > site:
@@ -44,18 +44,18 @@ class Kept(list[Plan]):
         patch.setattr(planning, "make_plan", spy)
 
 
-def compensates(plan: Plan) -> bool:
+def compensates(plan: SparsePlan) -> bool:
     """Whether a centroid stands for every block of keys that is not computed exactly."""
     filled = (plan.key_offsets.diff(dim=-1) > 0)[..., None, :]
     return bool((plan.bias.isfinite() | reference.kept_matrix(plan) | ~filled).all())
 
 
-def skips(plan: Plan) -> bool:
+def skips(plan: SparsePlan) -> bool:
     """Whether some block of keys is not computed exactly."""
     return bool(plan.bias.isfinite().any())
 
 
-def dropped(query: Tensor, plan: Plan, scale: float) -> Tensor:
+def dropped(query: Tensor, plan: SparsePlan, scale: float) -> Tensor:
     """What the same plan gives when nothing stands for the blocks it skips."""
     return reference.joint_softmax(query, plan._replace(bias=torch.full_like(plan.bias, -torch.inf)), scale)
 
@@ -65,12 +65,12 @@ class Truth:
     wanted."""
 
     def __init__(self, model: nn.Module, regional: bool) -> None:
-        self.plans: Iterator[Plan] = iter(())
+        self.plans: Iterator[SparsePlan] = iter(())
         self.formula: Formula = reference.joint_softmax
         self.backend = Backend(Knobs(), inner=self._inner)
         self.run = compiled(model, self.backend, regional)
 
-    def __call__(self, arguments: dict[str, Any], plans: list[Plan], formula: Formula) -> Tensor:
+    def __call__(self, arguments: dict[str, Any], plans: list[SparsePlan], formula: Formula) -> Tensor:
         self.plans, self.formula = iter(plans), formula
         out: Tensor = self.run(**arguments)[0]
         assert next(self.plans, None) is None, "as many calls as plans"

@@ -13,7 +13,7 @@ from toy import EAGER, calls, compiled
 
 import svg_ear_compile
 from svg_ear_compile.kernels import planning, reference
-from svg_ear_compile.kernels.plan import Plan
+from svg_ear_compile.kernels.plan import SparsePlan
 
 pytestmark = pytest.mark.usefixtures("fresh")
 WIDTH, HEADS = 64, 2
@@ -71,11 +71,11 @@ def model() -> ClipDenoiser:
 
 
 @pytest.fixture
-def plans(monkeypatch: pytest.MonkeyPatch) -> dict[int, Plan]:
-    used: dict[int, Plan] = {}
+def plans(monkeypatch: pytest.MonkeyPatch) -> dict[int, SparsePlan]:
+    used: dict[int, SparsePlan] = {}
     make_plan = planning.make_plan
 
-    def spy(*args: Any) -> Plan:
+    def spy(*args: Any) -> SparsePlan:
         used[args[-1].site] = make_plan(*args)
         return used[args[-1].site]
 
@@ -93,7 +93,7 @@ def test_rewritten_and_right_at_density_one(dynamic: bool) -> None:
 
 
 @pytest.mark.parametrize("merge", [True, False])
-def test_right_at_a_third_of_the_blocks(merge: bool, plans: dict[int, Plan]) -> None:
+def test_right_at_a_third_of_the_blocks(merge: bool, plans: dict[int, SparsePlan]) -> None:
     run = compiled(model(), {**EAGER, "density": 0.3, "merge": merge}, fullgraph=True)
     got = run(*arguments())
     assert not torch.allclose(got, model()(*arguments()), rtol=1e-4, atol=1e-5)

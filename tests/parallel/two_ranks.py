@@ -26,7 +26,8 @@ from torch.distributed.fsdp import fully_shard
 from toy import EAGER
 
 import svg_ear_compile
-from svg_ear_compile.kernels import cluster, planning, reference
+from svg_ear_compile.kernels import planning, reference
+from svg_ear_compile.kernels.blocks.cubes import cubes
 from svg_ear_compile.reporting import Report
 
 DEVICE = "cuda" if "cuda" in sys.argv[3:] else "cpu"
@@ -107,8 +108,8 @@ def at_density_03(name: str, way: str, patch: pytest.MonkeyPatch) -> Figures:
     spread(model, ulysses_degree=2)
     truth = Truth(model, regional=False)
     truth.run = compiled(model, way, backend=truth.backend)
-    cubes = cluster.cubes(GRID, torch.device(DEVICE))
-    video = _video_places(kept[0].query_order.shape[-1], cubes)
+    order = cubes(GRID, torch.device(DEVICE))
+    video = _video_places(kept[0].query_order.shape[-1], order)
     return {
         "off": off(got, truth(call, list(kept), reference.joint_softmax)),
         "rounding": rounding(name),
@@ -116,9 +117,9 @@ def at_density_03(name: str, way: str, patch: pytest.MonkeyPatch) -> Figures:
         "plans": len(kept),
         "heads": {plan.query_order.shape[1] for plan in kept},
         "skips": any(map(skips, kept)),
-        "cubes": all(bool((plan.query_order[..., : len(cubes)] == video).all()) for plan in kept),
+        "cubes": all(bool((plan.query_order[..., : len(order)] == video).all()) for plan in kept),
         "grids": grids,
-        "text_exact": all(_text_is_exact(plan, len(cubes)) for plan in kept),
+        "text_exact": all(_text_is_exact(plan, len(order)) for plan in kept),
     }
 
 

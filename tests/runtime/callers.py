@@ -33,13 +33,13 @@ class Graph:
     """Records the context of each call, and reads the mask if the context does not know it."""
 
     def __init__(self) -> None:
-        self.contexts: list[context.Call] = []
+        self.contexts: list[context.RunContext] = []
         self.mask_reads = 0
         self.fail: set[int] = set()
         self.leave: dict[int, tuple[Tensor, Tensor]] = {}
         self.error = 0.0
         """What every call measures, whatever its density."""
-        self.look: Callable[[context.Call], Any] = lambda call: None
+        self.look: Callable[[context.RunContext], Any] = lambda call: None
 
     def __call__(self, *args: Any) -> Tensor:
         call = context.current()

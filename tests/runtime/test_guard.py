@@ -79,7 +79,7 @@ def generation(inputs: Callable[[int], QKV], **options: float) -> tuple[Layer, C
     for step in range(STEPS):
         controller.begin(step, 0, STEPS)
         decision = controller.decide(layer, 0)
-        call = context.Call(strict=True, density={SITE: decision.density})
+        call = context.RunContext(strict=True, density={SITE: decision.density})
         call.first_order[SITE] = decision.first_order
         call.split_heads[SITE] = decision.split_heads
         if decision.measure is not None:

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from svg_ear_compile.exceptions import SiteError
 
-from . import capture, context, measure, planning
-from .constants import SiteConstants
-from .dense import drop_noop_mask
-from .fallback import warn_once
-from .plan import Plan
+from .. import capture, context, planning
+from ..constants import SiteConstants
+from ..dense import drop_noop_mask
+from ..fallback import warn_once
+from ..plan import SparsePlan
+from . import errors as measure
 
 
 def measure_call(
@@ -73,7 +74,7 @@ def try_forms(
     call, mask = context.current(), drop_noop_mask(attn_mask, c.site)
     request = call.measure[c.site]
 
-    def plans(order: str) -> list[Plan]:
+    def plans(order: str) -> list[SparsePlan]:
         site = c._replace(order=order)
         # Splits are made anew; k-means goes on from what it left.
         carried = call.carried if order == "kmeans" else {}

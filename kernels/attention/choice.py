@@ -11,13 +11,13 @@ MAX_HEAD_DIM = 256
 """Of the Triton kernels: registers hold no more."""
 HOPPER_HEAD_DIMS = (64, 128)
 GLUON_VERSIONS = ((3, 6), (3, 9))
-"""The first and last release of Triton for which triton_hopper.py was written: Gluon is experimental."""
+"""The first and last release of Triton for which hopper.py was written: Gluon is experimental."""
 
 
 class Choice(NamedTuple):
     """What runs, for the report.
 
-    name: "PyTorch" (attention.py), "Triton" (triton_attention.py), "Gluon for Hopper" (triton_hopper.py), or
+    name: "PyTorch" (torch.py), "Triton" (triton.py), "Gluon for Hopper" (hopper.py), or
     "dense" where none of them can run. reason: why it is no faster one, in words; "" for the fastest.
     """
 
@@ -34,7 +34,7 @@ def attention_kernel(
     if head_dim > MAX_HEAD_DIM:
         return Choice("dense", f"head_dim is {head_dim}; the Triton kernels take up to {MAX_HEAD_DIM}")
     try:
-        from .triton_tiles import capability, version
+        from ..triton_tiles import capability, version
     except ImportError as error:
         return Choice("dense", f"Triton cannot be imported ({error}); install the one of this PyTorch")
     why_not = why_not_hopper(capability(device), dtype, head_dim, variable, version())
@@ -44,7 +44,7 @@ def attention_kernel(
 def why_not_hopper(
     capability: tuple[int, int], dtype: torch.dtype, head_dim: int, variable: bool, triton_version: str
 ) -> str:
-    """Why triton_hopper.py does not compute such an `attend`; "" if it does."""
+    """Why hopper.py does not compute such an `attend`; "" if it does."""
     if capability != (9, 0):
         return "the faster kernel is for Hopper GPUs, sm_90; this one is sm_{}{}".format(*capability)
     if dtype not in (torch.float16, torch.bfloat16):
@@ -58,13 +58,13 @@ def why_not_hopper(
 
 @cache
 def _why_not_gluon(triton_version: str) -> str:
-    """Why triton_hopper.py does not work with this Triton; "" if it does."""
+    """Why hopper.py does not work with this Triton; "" if it does."""
     first, last = GLUON_VERSIONS
     if not first <= tuple(int(x) for x in triton_version.split(".")[:2]) <= last:
         known = " to ".join(".".join(map(str, x)) for x in GLUON_VERSIONS)
         return f"the faster kernel was written for Triton {known}, this is {triton_version}"
     try:
-        from . import triton_hopper  # noqa: F401
+        from . import hopper  # noqa: F401
     except ImportError as error:
         return f"the faster kernel cannot be imported with Triton {triton_version}: {error}"
     return ""

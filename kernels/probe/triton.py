@@ -1,4 +1,4 @@
-"""Query centroids against all true keys (kernels/probe.py), without a [Cq, L] matrix in memory.
+"""Query centroids against all true keys (kernels/probe/torch.py), without a [Cq, L] matrix in memory.
 
 Formulas as in probe.py. For query centroid i and key block j of n_j keys, s_t = scale qc_i.k_t,
 m_ij = max_t s_t, w_t = exp(s_t - m_ij) and W = sum_t w_t:
@@ -18,7 +18,7 @@ scores carry it in `parts`, for the routing to take off. For routing "mass", whi
 nothing to fuse: probe.centroid_mass.
 
 key, value [B,H,L,D] contiguous in block order; blocks of any size, in tiles of 64 keys (windows that end with
-the block's part, as in triton_attention.py): one pass where no block is larger (ONE_TILE), else two.
+the block's part, as in kernels/attention/triton.py): one pass where no block is larger (ONE_TILE), else two.
 Accumulators and results float32; scores lie as [B,H,Ck,Cq], so that a program writes whole lines.
 Deterministic, nothing is read back. The scale must be positive.
 """
@@ -32,17 +32,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .plan import KEY_BLOCK
-from .probe import centroid_mass
-from .triton_configs import Config, probe_config_for
-from .triton_tiles import LN_2, LOG2_E, capability, descriptor, load_rows
+from ..plan import KEY_BLOCK
+from ..triton_configs import Config, probe_config_for
+from ..triton_tiles import LN_2, LOG2_E, capability, descriptor, load_rows
+from .torch import centroid_mass
 
 BLOCK_N = KEY_BLOCK
 BLOCKS_PER_PROGRAM = 64
 
 
 class RowScores(NamedTuple):
-    """probe.Scores, but for the errors' scale: each row's own (kernels/triton_route.py brings them to one).
+    """probe.Scores, but for the errors' scale: each row's own (kernels/routing/triton.py brings them to one).
 
     mass: None unless asked for. parts: [B,H,runs,Cq] float32; c_i = logsumexp over the runs ("output_error")
     or their maximum ("svg_ear"), and 2 c_i is yet to be taken off the errors.
@@ -258,7 +258,7 @@ def probe(
     with_mass: bool = True,
     config: Config | None = None,
 ) -> RowScores:
-    """Scores of all blocks, as kernels/probe.py's function of this name."""
+    """Scores of all blocks, as kernels/probe/torch.py's function of this name."""
     if routing == "mass":
         found = centroid_mass(query_centroids, key_centroids, key_offsets, scale)
         return RowScores(*found, torch.zeros_like(found.mass[:, :, None, :, 0]))

@@ -1,6 +1,6 @@
 """Kept blocks exactly, skipped blocks by their centroids: the kernel for Hopper GPUs, in Gluon.
 
-Formula, shapes and layout: triton_attention.py, which hands over to it `attend` of equal tiles, head_dim 64
+Formula, shapes and layout: triton.py, which hands over to it `attend` of equal tiles, head_dim 64
 or 128, float16 or bfloat16, on sm_90. What differs from the Triton kernel is the structure, that of
 FlashAttention-3 (arXiv 2407.08608) without the strict turns of its two groups:
 
@@ -10,12 +10,12 @@ FlashAttention-3 (arXiv 2407.08608) without the strict turns of its two groups:
 - The softmax of a tile starts while the product of the tile before with its values still runs, and it hides
   behind the other group's matrix products.
 - Centroids come first: there always are some, so that the kept blocks need no special first step.
-- First-order terms (kernels/first_order.py) are one more tile in the ring of values: a query block's matrix.
+- First-order terms (kernels/attention/first_order.py) are one more tile in the ring of values: a query block's matrix.
 - A bias costs no addition: divided by the scale it is what the matrix product of the logits adds to. A tile
   of 128 keys that all count has none.
 
 Logits, maxima, sums and outputs are float32, as there; every sum has a fixed order. Gluon is experimental and
-changes between releases: triton_attention.py knows for which ones this was written.
+changes between releases: triton.py knows for which ones this was written.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .plan import KEY_BLOCK, QUERY_BLOCK, Plan, Terms
+from ..plan import KEY_BLOCK, QUERY_BLOCK, SparsePlan, Terms
 
 # What Gluon has renamed between Triton 3.6 and 3.9.
 _load_box = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -305,7 +305,7 @@ def attention_kernel(
 
 
 def attend(
-    query: Tensor, plan: Plan, scale: float, out: Tensor, order: Tensor, terms: Terms | None = None
+    query: Tensor, plan: SparsePlan, scale: float, out: Tensor, order: Tensor, terms: Terms | None = None
 ) -> Tensor:
     """Writes into out and returns it. order [B,H,Cq] int32: the query blocks of a head, heaviest first."""
     B, H, L, D = query.shape

@@ -22,10 +22,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from . import context
-from .dispatch import kernels_for
-from .heads import on_device
-from .plan import Plan, Terms
+from .. import context
+from ..dispatch import kernels_for
+from ..heads import on_device
+from ..plan import SparsePlan, Terms
 
 # Bytes of the C_j, or of a few queries' M_i, of the heads that are computed at a time.
 _CHUNK_BYTES = 2**28
@@ -33,7 +33,7 @@ _CHUNK_BYTES = 2**28
 _ALIGNED = 8
 
 
-def terms(plan: Plan, scale: float, heads: Sequence[bool]) -> Terms | None:
+def terms(plan: SparsePlan, scale: float, heads: Sequence[bool]) -> Terms | None:
     """Of the chosen heads [H]; None where none is."""
     if not any(heads):
         return None
@@ -42,7 +42,7 @@ def terms(plan: Plan, scale: float, heads: Sequence[bool]) -> Terms | None:
     return Terms(chosen.places, matrices(plan, scale, chosen.numbers))
 
 
-def matrices(plan: Plan, scale: float, heads: Tensor) -> Tensor:
+def matrices(plan: SparsePlan, scale: float, heads: Tensor) -> Tensor:
     """M_i of heads [n]: [B,n,Cq,D,D], float32 on a CPU, else of the key's dtype."""
     queries, covariance = plan.query_centroids, kernels_for(plan.key).covariance
     out: Tensor | None = None
@@ -60,7 +60,7 @@ def matrices(plan: Plan, scale: float, heads: Tensor) -> Tensor:
     return out
 
 
-def linear(query: Tensor, blocks: Tensor, plans: Sequence[Plan], scale: float) -> list[Tensor]:
+def linear(query: Tensor, blocks: Tensor, plans: Sequence[SparsePlan], scale: float) -> list[Tensor]:
     """M_i^T q of few queries [B,H,n,D] in the query blocks i [B,H,n] int64, of every head: float32.
 
     One for each of the plans, which are alike but for what their routing chose: the C_j are made once.
@@ -81,7 +81,7 @@ def linear(query: Tensor, blocks: Tensor, plans: Sequence[Plan], scale: float) -
     return [torch.cat(x, dim=1) for x in found]
 
 
-def _covariances(plan: Plan, heads: Tensor, bytes_of_head: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+def _covariances(plan: SparsePlan, heads: Tensor, bytes_of_head: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
     """C_j [B,some,columns,D,D] of a few of the heads [n] at a time: (some, C_j).
 
     columns: key blocks and, for cuBLAS, some zeros. bytes_of_head: what else is made of a head at a time.

@@ -1,4 +1,4 @@
-"""How do the values of a block go with its keys, and how much does each block weigh? (kernels/first_order.py)"""
+"""How do the values of a block go with its keys, and how much does each block weigh?"""
 
 from __future__ import annotations
 

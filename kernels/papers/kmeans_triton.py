@@ -1,12 +1,12 @@
-"""The two steps of one iteration of k-means (kernels/kmeans_steps.py), straight from the tokens.
+"""The two steps of one iteration of k-means (kernels/papers/kmeans_torch.py), straight from the tokens.
 
 Formulas and arguments as there. x [G,N,D] of any strides with D contiguous.
 
 assign: one program takes BLOCK_M tokens of a head and all centroids, in tiles; distances stay on the chip.
     For bfloat16 and float16 a centroid is the sum of two numbers of that dtype, its rounding and what is
     left, so that two products on tensor cores are nearly as exact as float32; float32 takes three TF32
-    products. Labels are kmeans_steps's but for ties within that rounding.
-means: kernels/triton_permute.py's, float32 sums of sorted runs in a fixed order.
+    products. Labels are kmeans_torch's but for ties within that rounding.
+means: kernels/blocks/permute_triton.py's, float32 sums of sorted runs in a fixed order.
 
 No atomics, nothing is read back: the same bits every time.
 """
@@ -20,9 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import triton_permute
-from .triton_configs import Config, assign_config_for
-from .triton_tiles import capability, descriptor, load_rows
+from ..blocks import permute_triton
+from ..triton_configs import Config, assign_config_for
+from ..triton_tiles import capability, descriptor, load_rows
 
 
 def bytes_per_token(head_dim: int, clusters: int) -> int:
@@ -89,7 +89,7 @@ def assign(x: Tensor, valid: Tensor | None, centroids: Tensor, config: Config | 
 
 def means(x: Tensor, order: Tensor, offsets: Tensor, before: Tensor) -> Tensor:
     """[G,C,D] float32."""
-    found = triton_permute.gathered_means(x[None], order[None], offsets[None], torch.float32)[0]
+    found = permute_triton.gathered_means(x[None], order[None], offsets[None], torch.float32)[0]
     return torch.where((offsets.diff(dim=-1) > 0)[..., None], found, before)
 
 

@@ -1,4 +1,4 @@
-"""The three steps of one level of the balanced splits (kernels/split_steps.py), straight from the tokens.
+"""The three steps of one level of the balanced splits (kernels/blocks/splits_torch.py), straight from the tokens.
 
 Formulas and arguments as there. x [G,N,D] of any strides with D contiguous: tokens are read through the
 order, so that nothing of their size is ever written. One program is a segment (`directions`, `partition`) or
@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .split_steps import ITERATIONS, SAMPLE, SMALLEST_NORM, longest
-from .triton_tiles import ordered_bits
+from ..triton_tiles import ordered_bits
+from .splits_torch import ITERATIONS, SAMPLE, SMALLEST_NORM, longest
 
 _LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
 

@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .plan import Plan
-from .rows import kept_of
-from .triton_tiles import LOG2_E, capability
+from ..plan import SparsePlan
+from ..triton_tiles import LOG2_E, capability
+from .rows_torch import kept_of
 
 
 @triton.jit
@@ -100,7 +100,7 @@ def rows_kernel(
     tl.store(share + head64 * n + i, mass / total, mask=live)
 
 
-def planned_rows(query: Tensor, blocks: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
+def planned_rows(query: Tensor, blocks: Tensor, plan: SparsePlan, scale: float) -> tuple[Tensor, Tensor]:
     """(out [B,H,n,D], share [B,H,n]), float32; the tensors of the plan are contiguous."""
     B, H, n, D = query.shape
     L, (Cq, Ck) = plan.key.shape[2], plan.bias.shape[-2:]

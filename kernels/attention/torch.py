@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .plan import Plan, Terms
+from ..plan import SparsePlan, Terms
 
 
 class _Tile(NamedTuple):
@@ -30,7 +30,7 @@ class _Tile(NamedTuple):
     bias: Tensor  # [c] float32
 
 
-def _tiles(query: Tensor, plan: Plan) -> Iterator[_Tile]:
+def _tiles(query: Tensor, plan: SparsePlan) -> Iterator[_Tile]:
     """The query blocks that hold queries."""
     B, H = query.shape[:2]
     query_offsets, counts = plan.query_offsets.tolist(), plan.kept_count.tolist()
@@ -53,7 +53,7 @@ def _tiles(query: Tensor, plan: Plan) -> Iterator[_Tile]:
 
 
 def sparse_exact(
-    query: Tensor, plan: Plan, scale: float, out: Tensor, variable: bool = True
+    query: Tensor, plan: SparsePlan, scale: float, out: Tensor, variable: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Writes the kept blocks' softmax into out [B,H,L,D]; returns (out, lse [B,H,L] float32).
 
@@ -75,7 +75,7 @@ def centroid_compensation(
     query: Tensor,
     exact: Tensor,
     lse: Tensor,
-    plan: Plan,
+    plan: SparsePlan,
     scale: float,
     out: Tensor,
     variable: bool = True,
@@ -102,7 +102,7 @@ def centroid_compensation(
 
 def attend(
     query: Tensor,
-    plan: Plan,
+    plan: SparsePlan,
     scale: float,
     out: Tensor,
     variable: bool = True,
@@ -110,7 +110,7 @@ def attend(
 ) -> Tensor:
     """Both in one: centroids are further keys of one softmax. Writes into out and returns it.
 
-    terms: of first order, kernels/first_order.py.
+    terms: of first order, kernels/attention/first_order.py.
 
     A query that meets nothing, token or centroid, has out 0, as in scaled_dot_product_attention.
     """

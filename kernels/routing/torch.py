@@ -1,23 +1,4 @@
-"""Which blocks are computed exactly? Spends a budget of query-key pairs where the error is largest.
-
-Cost of a pair of blocks: its area |Q_i| n_j. Scores are per unit of cost (kernels/probe.py); the largest go
-first, among equals the lowest index. Text rows and columns are exact and outside of every budget; so is a
-block whose error is NaN, because nothing can be said about it.
-
-"output_error": one budget for a batch element, over all its heads and rows: density times all video pairs.
-Blocks are taken while they fit; the first that does not ends it, so the density is never exceeded.
-
-"svg_ear" (arXiv 2603.08982): a budget per row, in keys. With a density every row has the same one, density
-times the video keys of its head ("greedily selected under a fixed density budget", the paper's page);
-without one, what centroid top-p 0.9 would keep (the released code). The 5% of key blocks with the largest
-centroid mass go first and in any case, then the others by error until the budget is spent. So a row exceeds
-its budget by less than its last block, or where the 5% alone are more.
-
-"mass" (SVG2, arXiv 2505.18875): as "svg_ear" with the centroid mass for the error, so the 5% are nothing
-special: without a density just the blocks of top-p 0.9.
-
-Areas are summed as integers: exactly, and in any order with the same result.
-"""
+"""Routing in plain PyTorch: sorts the scores of kernels/probe, as kernels/routing/__init__.py says."""
 
 from __future__ import annotations
 
@@ -26,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .plan import KEY_BLOCK, QUERY_BLOCK
-from .probe import Scores
+from ..plan import KEY_BLOCK, QUERY_BLOCK
+from ..probe.torch import Scores
 
 TOP_P = 0.9
 FLOOR_PERCENT = 5
@@ -36,7 +17,7 @@ _UNIT = 2.0**40
 
 
 class Routed(NamedTuple):
-    """What the routing puts into a Plan (bias, kept_count, kept_blocks), and the areas of what it kept.
+    """What the routing puts into a SparsePlan (bias, kept_count, kept_blocks), and the areas of what it kept.
 
     areas: [2] int64, exact and executed query-key pairs of video tokens; executed counts the tiles' padding.
     """
@@ -56,7 +37,7 @@ def select(
     density: float | None,
     compensate: bool,
 ) -> Routed:
-    """Chooses the exact blocks and lists them. Offsets as in Plan; video: (query, key) blocks of video."""
+    """Chooses the exact blocks and lists them. Offsets as in SparsePlan; video: (query, key) blocks of video."""
     query_sizes, key_sizes = query_offsets.diff(dim=-1), key_offsets.diff(dim=-1)
     kept = route(scores, query_sizes, key_sizes, *video, routing, density)
     bias = centroid_bias(scores, kept, key_sizes, routing, compensate)
@@ -153,7 +134,7 @@ def _row_budgets(score: Tensor, cost: Tensor, budget: Tensor, floor: Tensor) -> 
 
 
 def centroid_bias(scores: Scores, kept: Tensor, key_sizes: Tensor, routing: str, compensate: bool) -> Tensor:
-    """bias [B,H,Cq,Ck] float32 of Plan for skipped blocks: log n_j, plus the Jensen gap ("output_error")."""
+    """bias [B,H,Cq,Ck] float32 of SparsePlan for skipped blocks: log n_j, plus the Jensen gap ("output_error")."""
     if not compensate:
         return torch.full_like(scores.gap, -torch.inf)
     bias = key_sizes.float().log()[:, :, None]
@@ -164,7 +145,7 @@ def centroid_bias(scores: Scores, kept: Tensor, key_sizes: Tensor, routing: str,
 
 
 def kept_lists(kept: Tensor) -> tuple[Tensor, Tensor]:
-    """(kept_count [B,H,Cq], kept_blocks [B,H,Cq,Ck]) of Plan, int32, contiguous."""
+    """(kept_count [B,H,Cq], kept_blocks [B,H,Cq,Ck]) of SparsePlan, int32, contiguous."""
     blocks = (~kept).to(torch.uint8).argsort(dim=-1, stable=True)
     return kept.sum(-1, dtype=torch.int32), blocks.to(torch.int32)
 

@@ -13,13 +13,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .plan import Plan
+from ..plan import SparsePlan
 
 # Bytes of one [heads, queries, L] float32 temporary.
 _CHUNK_BYTES = 2**28
 
 
-def planned_rows(query: Tensor, blocks: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
+def planned_rows(query: Tensor, blocks: Tensor, plan: SparsePlan, scale: float) -> tuple[Tensor, Tensor]:
     """(out [B,H,n,D], share [B,H,n]), float32, of queries [B,H,n,D] in the query blocks [B,H,n] int64.
 
     A few heads at a time: what is [n, L] for all heads at once would not fit beside a model.
@@ -37,7 +37,7 @@ def planned_rows(query: Tensor, blocks: Tensor, plan: Plan, scale: float) -> tup
     return out, share
 
 
-def kept_of(blocks: Tensor, plan: Plan) -> Tensor:
+def kept_of(blocks: Tensor, plan: SparsePlan) -> Tensor:
     """Which key blocks the query blocks [B,H,n] meet exactly: [B,H,n,Ck] bool."""
     Ck = plan.kept_blocks.shape[-1]
     listed = torch.arange(Ck, device=blocks.device) < plan.kept_count.gather(-1, blocks)[..., None]

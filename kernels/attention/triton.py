@@ -32,10 +32,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..plan import KEY_BLOCK, QUERY_BLOCK, SparsePlan, Terms
+from ..triton_configs import Config, config_for
+from ..triton_tiles import LN_2, LOG2_E, capability, descriptor, load_rows, version
 from .choice import MAX_HEAD_DIM, why_not_hopper
-from .plan import KEY_BLOCK, QUERY_BLOCK, Plan, Terms
-from .triton_configs import Config, config_for
-from .triton_tiles import LN_2, LOG2_E, capability, descriptor, load_rows, version
 
 
 @triton.jit
@@ -255,7 +255,7 @@ def attention_kernel(
 
 def sparse_exact(
     query: Tensor,
-    plan: Plan,
+    plan: SparsePlan,
     scale: float,
     out: Tensor,
     variable: bool = True,
@@ -268,7 +268,7 @@ def sparse_exact(
 
 
 def centroid_compensation(
-    query: Tensor, exact: Tensor, lse: Tensor, plan: Plan, scale: float, out: Tensor,
+    query: Tensor, exact: Tensor, lse: Tensor, plan: SparsePlan, scale: float, out: Tensor,
     variable: bool = True, config: Config | None = None,
 ) -> Tensor:  # fmt: skip
     """Writes the joint softmax of the exact part and the centroids into out and returns it."""
@@ -278,24 +278,24 @@ def centroid_compensation(
 
 def attend(
     query: Tensor,
-    plan: Plan,
+    plan: SparsePlan,
     scale: float,
     out: Tensor,
     variable: bool = True,
     config: Config | None = None,
     terms: Terms | None = None,
 ) -> Tensor:
-    """Both in one. Without a config the GPU's best kernel, which may be the one in triton_hopper.py."""
+    """Both in one. Without a config the GPU's best kernel, which may be the one in hopper.py."""
     found = capability(query.device), query.dtype, query.shape[-1], variable, version()
     if config is None and scale > 0 and not why_not_hopper(*found):
-        from . import triton_hopper
+        from . import hopper
 
-        return triton_hopper.attend(query, plan, scale, out, schedule(plan, QUERY_BLOCK, variable)[0], terms)
+        return hopper.attend(query, plan, scale, out, schedule(plan, QUERY_BLOCK, variable)[0], terms)
     _launch(query, plan, scale, out, None, None, variable, config, terms)
     return out
 
 
-def schedule(plan: Plan, block_m: int, variable: bool) -> tuple[Tensor, Tensor]:
+def schedule(plan: SparsePlan, block_m: int, variable: bool) -> tuple[Tensor, Tensor]:
     """(query block, first row in it) of every program, [B,H,tiles] int32 each, most kept blocks first.
 
     Equal tiles: the blocks alone, and the second tensor is unused. Otherwise as many tiles as there can be at
@@ -320,7 +320,7 @@ def schedule(plan: Plan, block_m: int, variable: bool) -> tuple[Tensor, Tensor]:
 
 
 def _launch(
-    query: Tensor, plan: Plan, scale: float, out: Tensor, exact: Tensor | None, lse: Tensor | None,
+    query: Tensor, plan: SparsePlan, scale: float, out: Tensor, exact: Tensor | None, lse: Tensor | None,
     variable: bool, config: Config | None, terms: Terms | None,
 ) -> None:  # fmt: skip
     B, H, L, D = query.shape

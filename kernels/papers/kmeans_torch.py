@@ -1,4 +1,4 @@
-"""The two steps of one iteration of k-means (kernels/kmeans.py), in plain PyTorch.
+"""The two steps of one iteration of k-means (kernels/papers/kmeans.py), in plain PyTorch.
 
 x [G,N,D]: the tokens of G heads, in any float dtype. centroids [G,C,D] float32.
 """

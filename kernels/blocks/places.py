@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .constants import SiteConstants
+from ..constants import SiteConstants
 
 
 class Places(NamedTuple):

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import first_order
-from .dispatch import kernels_for
-from .plan import Plan
+from ..attention import first_order
+from ..dispatch import kernels_for
+from ..plan import SparsePlan
 
 ROWS = 64
 """Rows of each head. Fewer cost the same on a GPU, where reading all keys and values is what takes time."""
@@ -97,7 +97,12 @@ def true_error(
 
 
 def planned_errors(
-    query: Tensor, plans: Sequence[Plan], exact: Tensor, tokens: Tensor, scale: float, terms: bool = False
+    query: Tensor,
+    plans: Sequence[SparsePlan],
+    exact: Tensor,
+    tokens: Tensor,
+    scale: float,
+    terms: bool = False,
 ) -> Tensor:
     """(lost, whole) if these plans were used, which are alike but for what their routing chose.
 

@@ -1,4 +1,4 @@
-"""Routing without a sort: which blocks are exact (kernels/route.py), their lists and the centroids' biases.
+"""Routing without a sort: which blocks are exact (kernels/routing/torch.py), their lists and the centroids' biases.
 
 "output_error" with a density is one budget for a batch element: the blocks with the largest errors, among
 equals the lowest index, while their areas fit into it. Instead of sorting, the error of the first block that
@@ -13,7 +13,7 @@ knows their areas row by row. Areas are summed as integers, so atomic additions 
 same bits. The rules for text, empty blocks and errors that are NaN are route.py's, whose choice is equaled in
 every bit for the same scores. All other budgets are route.py's; what it keeps only gets its lists here.
 
-error and gap [B,H,Cq,Ck] float32 of any strides, alike (triton_probe.py lays them as [B,H,Ck,Cq]); outputs
+error and gap [B,H,Cq,Ck] float32 of any strides, alike (kernels/probe/triton.py lays them as [B,H,Ck,Cq]); outputs
 are contiguous. Nothing is read back.
 """
 
@@ -26,12 +26,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import route
-from .plan import KEY_BLOCK, QUERY_BLOCK
-from .probe import Scores
-from .route import Routed
-from .triton_probe import RowScores
-from .triton_tiles import ordered_bits
+from ..plan import KEY_BLOCK, QUERY_BLOCK
+from ..probe.torch import Scores
+from ..probe.triton import RowScores
+from ..triton_tiles import ordered_bits
+from . import torch as route
+from .torch import Routed
 
 _DIGITS, _PASSES = 256, 4
 # Per batch element, int64: areas by digit of each pass, then the budget, then (key so far, area of larger
@@ -236,7 +236,7 @@ def shift_of(scores: RowScores, routing: str) -> Tensor:
 
 
 def finished(scores: RowScores, key_offsets: Tensor, routing: str) -> Scores:
-    """The scores as kernels/probe.py gives them, contiguous."""
+    """The scores as kernels/probe/torch.py gives them, contiguous."""
     assert scores.mass is not None
     empty = (key_offsets.diff(dim=-1) == 0)[:, :, None]
     error = scores.error.contiguous() - shift_of(scores, routing)[..., None]

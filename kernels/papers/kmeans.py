@@ -2,7 +2,7 @@
 
 arXiv 2603.08982 and 2505.18875: queries and keys after their norms and rotary embedding are clustered
 separately, with 50 iterations at first and 2 per step from the last step's centroids; an empty cluster keeps
-its centroid. One iteration (kernels/kmeans_steps.py):
+its centroid. One iteration (kernels/papers/kmeans_torch.py):
 
     label_t = argmin_c |x_t - m_c|^2 = argmin_c (|m_c|^2 / 2 - x_t . m_c),  the lowest index wins ties
     m_c = mean of {x_t : label_t = c}
@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .dispatch import kernels_for
+from ..dispatch import kernels_for
 
 FIRST_ITERATIONS = 50
 NEXT_ITERATIONS = 2

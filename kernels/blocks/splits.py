@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .dispatch import kernels_for
+from ..dispatch import kernels_for
 
 # Bytes of working memory for the heads that are split at a time.
 _CHUNK_BYTES = 2**28
