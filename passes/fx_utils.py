@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import operator
 import re
-from copy import copy
 from typing import Any
 
 import torch
 from torch import fx
+
+from svg_ear_compile import compat
 
 from .sizes import example, hint
 
@@ -69,9 +70,8 @@ def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     copies: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         copies[node] = new.node_copy(node, copies.__getitem__)
-        if hasattr(node, "_dynamo_source"):
-            copies[node]._dynamo_source = node._dynamo_source
-    new._codegen = copy(graph._codegen)
+        compat.copy_source(node, copies[node])
+    compat.copy_codegen(graph, new)
     return new, copies
 
 
@@ -82,5 +82,5 @@ def remove_unused(graph: fx.Graph, node: fx.Node) -> None:
     before = node.all_input_nodes
     graph.erase_node(node)
     for source in before:
-        if not source._erased:
+        if not compat.is_erased(source):
             remove_unused(graph, source)

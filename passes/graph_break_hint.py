@@ -12,13 +12,13 @@ import re
 from pathlib import PurePath
 from typing import Any
 
-import torch._dynamo.utils
 from torch import fx
+
+from svg_ear_compile.compat import graph_break_reasons, resumed_after
 
 from .sources import VIDEO_FILE, is_weight, source_name
 
 _FEED_FORWARD = re.compile(r"\W(ffn?|ff_\w+|mlp|feed_forward)\W")
-_RESUMED = re.compile(r'File "([^"]+)", line \d+, in torch_dynamo_resume_in_\w+_at_(\d+)')
 _KNOWN = {
     r"group_offloading\.py": 'group offloading with offload_type="block_level" breaks no block',
     r"MagCache|SeaCache": "this cache switches torch.compile off around the blocks, with every backend",
@@ -44,13 +44,13 @@ def missing_attention(graph: fx.Graph) -> str:
 
 def is_resumed(node: fx.Node) -> bool:
     """Whether the code of this node goes on after a graph break."""
-    return _RESUMED.search(node.meta.get("stack_trace") or "") is not None
+    return bool(resumed_after(node.meta.get("stack_trace") or ""))
 
 
 def break_before(node: fx.Node) -> str:
     """The graph break after which the code of this node goes on: why, where, and what to do."""
-    places = {(file, int(line)) for file, line in _RESUMED.findall(node.meta.get("stack_trace") or "")}
-    for reason in reversed(_reasons()):
+    places = set(resumed_after(node.meta.get("stack_trace") or ""))
+    for reason in reversed(graph_break_reasons()):
         if places & {(frame.filename, frame.lineno) for frame in reason.user_stack or ()}:
             return _words(reason)
     return _UNKNOWN
@@ -58,12 +58,7 @@ def break_before(node: fx.Node) -> str:
 
 def graph_breaks() -> list[str]:
     """All that broke graphs since the last torch._dynamo.reset(): why, where, and what to do. Each once."""
-    return list(dict.fromkeys(map(_words, _reasons())))
-
-
-def _reasons() -> list[Any]:
-    """Dynamo's GraphCompileReasons of breaks, in order: `reason` in its words, `user_stack` of frame summaries."""
-    return list(getattr(torch._dynamo.utils, "graph_break_reasons", ()))
+    return list(dict.fromkeys(map(_words, graph_break_reasons())))
 
 
 def _words(reason: Any) -> str:

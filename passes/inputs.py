@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from svg_ear_compile.compat import storage_key, writes_in_place
+
 from .evidence import rotary_placeholders
 from .fx_utils import is_in_place, op_name
 from .site import GraphInputs, Site
@@ -62,14 +64,13 @@ def mask_arguments(mask: fx.Node) -> tuple[int, ...] | None:
 
 def _written(node: fx.Node) -> list[fx.Node]:
     """The tensors that an operation writes in place."""
-    target = getattr(node.target, "default", node.target)
     if node.op not in ("call_function", "call_method"):
         return []
-    if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
+    if writes_in_place(node.target):
         return [n for n in node.all_input_nodes if isinstance(example(n), torch.Tensor)]
     targets = [*node.args[:1]] * is_in_place(node) + [node.kwargs.get("out")]
     return [n for n in targets if isinstance(example(n), torch.Tensor)]  # type: ignore[misc]
 
 
 def _storage(node: fx.Node) -> Any:
-    return example(node).untyped_storage()._cdata
+    return storage_key(example(node))

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 from torch import fx
 
+from svg_ear_compile.compat import is_sdpa_kernel
+
 from .fx_utils import SDPA, module_stack, without_numbers
 from .graph_break_hint import missing_attention
 from .sizes import constant, example, is_inverse_root
@@ -84,7 +86,7 @@ def match(graph: fx.Graph) -> Matches:
             continue
         if node.target is SDPA:
             calls.append(_attention_node(node, forced))
-        elif getattr(node.target, "__name__", "") == "_sdpa_kernel":
+        elif is_sdpa_kernel(node):
             forced = _forced(node)
         elif other := unfused_attention(node):
             others.append(_other(*other, node))

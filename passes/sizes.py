@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from svg_ear_compile.compat import example_value, expression, size_hint
+
 
 def example(node: Any) -> Any:
     """The fake value that Dynamo left on a node; None for anything else."""
-    return node.meta.get("example_value") if isinstance(node, fx.Node) else None
+    return example_value(node) if isinstance(node, fx.Node) else None
 
 
 def is_tensor(node: Any) -> bool:
@@ -26,22 +28,12 @@ def is_tensor(node: Any) -> bool:
 
 def hint(size: Any) -> int | None:
     """The value of a size at compile time; None if only the run shows it (an unbacked symbol)."""
-    if not isinstance(size, torch.SymInt):
-        return int(size)
-    from torch.fx.experimental import symbolic_shapes
-
-    if symbolic_shapes.free_unbacked_symbols(size):
-        return None
-    if size.node.hint is not None:
-        return int(size.node.hint)
-    if hasattr(symbolic_shapes, "optimization_hint"):
-        return int(symbolic_shapes.optimization_hint(size))
-    return int(size.node.shape_env.size_hint(size.node.expr))
+    return size_hint(size) if isinstance(size, torch.SymInt) else int(size)
 
 
 def is_symbolic(size: Any) -> bool:
     """Whether a compiled graph takes other values of this size, too."""
-    return isinstance(size, torch.SymInt) and not size.node.expr.is_number
+    return isinstance(size, torch.SymInt) and not expression(size).is_number
 
 
 def constant(value: Any) -> float | None:
@@ -51,7 +43,8 @@ def constant(value: Any) -> float | None:
     """
     value = example(value) if isinstance(value, fx.Node) else value
     if isinstance(value, (torch.SymInt, torch.SymFloat)):
-        return float(value.node.expr) if value.node.expr.is_number else None
+        expr = expression(value)
+        return float(expr) if expr.is_number else None
     return value if isinstance(value, (int, float)) else None
 
 
@@ -60,7 +53,7 @@ def is_inverse_root(value: Any, size: Any) -> bool:
     if not isinstance(value, torch.SymFloat) or not isinstance(size, torch.SymInt):
         return False
     forms = (1 / torch.sym_sqrt(size), size**-0.5, 1 / size**0.5, torch.sym_sqrt(size) ** -1)
-    return any(value.node.expr == form.node.expr for form in forms)
+    return any(expression(value) == expression(form) for form in forms)
 
 
 def shape(node: Any) -> tuple[int, ...] | None:
@@ -74,7 +67,7 @@ def shape(node: Any) -> tuple[int, ...] | None:
 
 def shown(size: Any) -> int | str:
     """A size for people: a number, or its symbolic expression."""
-    return str(size.node.expr) if isinstance(size, torch.SymInt) else int(size)
+    return str(expression(size)) if isinstance(size, torch.SymInt) else int(size)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from functools import lru_cache
 
 from torch import fx, nn
 
+from svg_ear_compile import compat
+
 from .sizes import example, is_tensor
 
 TEXT = re.compile(
@@ -40,11 +42,7 @@ _BY_POSITION = re.compile(r"^L\['(?:args'\]|___stack\d+'\]\[0\])\[(\d+)\]")
 
 def source_name(placeholder: fx.Node) -> str:
     """`L['kwargs']['hidden_states']`, or the placeholder's own name when Dynamo left no source."""
-    source = getattr(placeholder, "_dynamo_source", None)
-    name = getattr(source, "name", None)
-    if callable(name):  # a method up to torch 2.10
-        name = name()
-    return str(name) if name else placeholder.name
+    return compat.source_name(placeholder) or placeholder.name
 
 
 def is_parameter(node: fx.Node) -> bool:

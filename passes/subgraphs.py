@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from svg_ear_compile.compat import is_higher_order
+
 from .fx_utils import SDPA, copy_graph
 from .sizes import example
 
@@ -56,7 +58,7 @@ def _advice(name: str) -> str:
 
 def _bodies(gm: fx.GraphModule, node: fx.Node) -> list[fx.GraphModule]:
     """The graph modules among a higher-order operation's arguments."""
-    if not isinstance(node.target, torch._ops.HigherOrderOperator):
+    if not is_higher_order(node.target):
         return []
     names = [str(n.target) for n in node.all_input_nodes if n.op == "get_attr"]
     modules = [dict(gm.named_modules()).get(name) for name in dict.fromkeys(names)]

@@ -16,10 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._dynamo.eval_frame import innermost_fn
-from torch._dynamo.exc import ShortenTraceback, TorchDynamoException
 
-from . import other_backends
+from . import compat, other_backends
 from .exceptions import PassError
 from .kernels.attention.choice import attention_kernel
 from .passes.classify import classify
@@ -63,24 +61,17 @@ def svg_ear(
     if plan is not None:
         compiled = SparseCallable(compiled, plan, resolved.settings, record)
     # Dynamo keeps the innermost function; and a bound method (gm.forward) lives as long as its object.
-    kept = innermost_fn(compiled)
+    kept = compat.innermost_function(compiled)
     records.owned_by(record, getattr(kept, "__self__", kept))
     diagnostics.announce(record)
     return compiled
-
-
-def _let_go(gm: fx.GraphModule) -> None:
-    """Drops the weak references to the arguments that nodes of a copied graph hold; Dynamo drops those of its own.
-    A Parameter that somebody refers to weakly cannot be swapped, as Module.to() does with tensor subclasses."""
-    for node in gm.graph.find_nodes(op="placeholder"):
-        node.meta.pop("grapharg", None)
 
 
 def _inner(resolved: Resolved) -> Callable[[fx.GraphModule, Sequence[Any]], Compiled]:
     """What compiles a graph in the end: torch.compile(backend="inductor") makes it, or nothing."""
     if resolved.settings.inner == "eager":
         return lambda gm, _: gm.forward
-    return torch._TorchCompileInductorWrapper(None, resolved.inductor_options, None)  # type: ignore[no-any-return]
+    return compat.inductor(resolved.inductor_options)
 
 
 def _compile(
@@ -94,9 +85,7 @@ def _compile(
     """The compiled gm, and its plan: None if the rewritten graph was rejected and `graph` put back for it."""
     if plan is None:
         return inner(gm, example_inputs), None
-    if getattr(gm, "_backend_id", None) is not None:
-        # caching_precompile would store what inner returns, without what decides each call.
-        gm._backend_id = None  # type: ignore[assignment]
+    if compat.leave_out_of_precompile(gm):  # it would be stored without what decides each call
         diagnostics.not_stored()
     try:
         return inner(gm, list(example_inputs)), plan
@@ -105,7 +94,7 @@ def _compile(
             raise
         rejected = error
     finally:
-        _let_go(gm)
+        compat.release_arguments(gm.graph)
     # Dynamo's own graph, not a copy: its placeholders know which inputs are weights.
     gm.graph = graph
     try:
@@ -130,8 +119,8 @@ def _apply_passes(
         if found.outside and not records.has_attention_alone():
             record.other_attention.append(found.outside)
         sites = diagnostics.timed(classify, whole, settings, example_inputs)
-        saved = torch._functorch.config.bundled_autograd_cache  # aot_compile sets it
-        instead = Reason.REPORT_ONLY if resolved.switch == "report" else Reason.SAVED if saved else None
+        saved = Reason.SAVED if compat.is_compiled_to_be_saved() else None
+        instead = Reason.REPORT_ONLY if resolved.switch == "report" else saved
         for site in sites:
             if site.verdict.rewrite and instead is not None:
                 site.verdict = Verdict(False, instead)
@@ -164,8 +153,7 @@ def _kernels(sites: list[Site], settings: Settings) -> list[str]:
 
 def _is_not_ours(error: Exception) -> bool:
     """Dynamo steers by its exceptions: restart, skip, unsupported. After an error of the device all fails."""
-    steers = isinstance(error, TorchDynamoException) and not isinstance(error, ShortenTraceback)
-    return steers or isinstance(error, torch.AcceleratorError)
+    return compat.is_dynamo_signal(error) or isinstance(error, torch.AcceleratorError)
 
 
 def _give_up(record: GraphRecord, error: Exception, consequence: str) -> None:

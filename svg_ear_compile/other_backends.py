@@ -19,16 +19,15 @@ def reached() -> None:
 
 def watch() -> None:
     """Looks at every compilation of this process. torch._dynamo.reset() ends it."""
-    from torch._dynamo import on_compile_end, on_compile_start
+    from .compat import watch_compilations
 
-    on_compile_start(_begin)
-    on_compile_end(_end)
+    watch_compilations(_begin, _end)
 
 
 def _count() -> tuple[int, int]:
-    from torch._dynamo.utils import counters
+    from .compat import counters
 
-    return _reached, counters["aot_autograd"]["total"]
+    return _reached, counters()["aot_autograd"]["total"]
 
 
 def _begin(_: Any) -> None:

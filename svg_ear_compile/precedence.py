@@ -175,12 +175,12 @@ def _inductor_options(options: dict[str, Any], mode: str | None, ours: set[str])
     mode = options.pop("mode", None) or mode
     if not options and mode in (None, "default"):
         return {}
-    from torch import _inductor
+    from . import compat
 
-    modes = _inductor.list_mode_options()
+    modes = compat.inductor_modes()
     if mode is not None and mode not in modes:
         raise SettingsError(f"mode = {mode!r}: allowed is one of {', '.join(modes)}")
-    known = _inductor.list_options()
+    known = compat.inductor_options()
     for key in options:
         if key.replace("-", "_") not in known:
             near = [match for names in (ours, known) for match in difflib.get_close_matches(key, names, n=1)]

@@ -18,6 +18,8 @@ from typing import Any
 
 from torch import fx
 
+from svg_ear_compile.compat import process_group
+
 from ..sizes import example, hint
 from .axes import Atom, Axes, Axis, Gathered, Part, axis_size, cut_of, part_size
 
@@ -101,6 +103,5 @@ def _length(size: Any) -> int | None:
 def rank_in(group: Any) -> int:
     """This process's number in a process group, by the group's name in graphs."""
     import torch.distributed as dist
-    from torch.distributed.distributed_c10d import _resolve_process_group
 
-    return dist.get_rank(_resolve_process_group(group))
+    return dist.get_rank(process_group(group))

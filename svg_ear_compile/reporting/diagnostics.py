@@ -13,9 +13,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from torch import fx
-from torch._dynamo.utils import counters
-from torch._logging import trace_structured
 
+from .. import compat
 from .records import GraphRecord
 from .table import report
 
@@ -45,17 +44,13 @@ def announce(record: GraphRecord) -> None:
 
 
 def _announce(record: GraphRecord) -> None:
-    found = counters["svg_ear"]
+    found = compat.counters()["svg_ear"]
     found["graphs"] += 1
     found.update(site.reason for site in record.sites)
     if record.sites or record.other_attention or record.failure:
         text = str(report([record]))
         log.info("graph %s\n%s", record.number, text)
-        trace_structured(
-            "artifact",
-            metadata_fn=lambda: {"name": "svg_ear_report", "encoding": "string"},
-            payload_fn=lambda: text,
-        )
+        compat.trace_artifact("svg_ear_report", text)
         wanted = record.resolved.settings.report or record.resolved.switch == "report"
         if isinstance(wanted, str):
             _write(wanted, record.resolved.settings.strict)

@@ -24,8 +24,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from ..compat import module_call_code, original_module
+
 _MEMORY = "__svg_ear__"
-_MODULE_CALL = nn.Module._wrapped_call_impl.__code__
+_MODULE_CALL = module_call_code()
 _COUNTERS = ("i", "index", "step", "idx")
 """Names of the loop variable that counts steps; diffusers has `i`, or `index`."""
 _TIMESTEP = ("timestep", "timesteps", "t", "sigma", "sigmas", "time")
@@ -77,7 +79,9 @@ def caller() -> Caller:
             return Caller(None, None, ((), {}), loop)
         found = outer.f_locals
         arguments = found["args"], found["kwargs"]
-        return Caller(_plain(found["self"]), _plain(inner.f_locals["self"]), arguments, loop)
+        return Caller(
+            original_module(found["self"]), original_module(inner.f_locals["self"]), arguments, loop
+        )
     finally:
         del frame, inner, outer  # a frame that refers to itself would live until the garbage collector comes
 
@@ -91,12 +95,6 @@ def timestep(model: nn.Module | None, arguments: tuple[tuple[Any, ...], dict[str
     names = () if model is None else _parameters(model.__class__)
     places = [names.index(name) for name in _TIMESTEP if name in names]
     return next((args[place] for place in places if place < len(args)), None)
-
-
-def _plain(module: nn.Module) -> nn.Module:
-    """The module that torch.compile(module) wraps."""
-    original: nn.Module = getattr(module, "_orig_mod", module)
-    return original
 
 
 @lru_cache(maxsize=256)

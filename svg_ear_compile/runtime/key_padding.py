@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..compat import version
+
 
 class MaskSource(NamedTuple):
     """What a mask is made from: the arguments of its graph at these positions.
@@ -59,4 +61,4 @@ def _key(args: tuple[Any, ...], source: MaskSource) -> Any:
     if any(x.is_cuda for x in tensors) and torch.cuda.is_current_stream_capturing():
         return None
     sizes = tuple(x for x in args if isinstance(x, int)) if source.sized else ()
-    return source.function, sizes, tuple((id(x), x._version) for x in tensors)
+    return source.function, sizes, tuple((id(x), version(x)) for x in tensors)
