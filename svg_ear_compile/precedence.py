@@ -186,4 +186,4 @@ def _inductor_options(options: dict[str, Any], mode: str | None, ours: set[str])
             near = [match for names in (ours, known) for match in difflib.get_close_matches(key, names, n=1)]
             guess = f"; did you mean {near[0]!r}?" if near else ""
             raise SettingsError(f"options[{key!r}] is neither a setting of svg_ear nor of Inductor{guess}")
-    return {**modes.get(mode, {}), **options}
+    return {**modes.get(mode or "default", {}), **options}

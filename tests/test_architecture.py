@@ -13,7 +13,7 @@ import svg_ear_compile
 
 architecture = import_script("architecture")
 PACKAGE, MODULES, GRAPH = architecture.PACKAGE, architecture.modules(), architecture.between_files()
-SETTINGS = {f"{PACKAGE}.{stem}" for stem in ("exceptions", "presets", "settings", "precedence")}
+SETTINGS = {f"{PACKAGE}.{stem}" for stem in ("compat", "exceptions", "presets", "settings", "precedence")}
 
 
 def within(names: set[str], module: str) -> set[str]:
