@@ -31,7 +31,13 @@ def test_unset_nothing_of_ours_but_the_hook_is_imported() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "backend"), [("1", "svg_ear"), ("report", "svg_ear"), ("0", "inductor"), ("", "inductor")]
+    ("value", "backend"),
+    [
+        ("1", "svg_ear"),
+        ("0", "inductor"),
+        pytest.param("report", "svg_ear", marks=pytest.mark.slow),
+        pytest.param("", "inductor", marks=pytest.mark.slow),
+    ],
 )
 def test_default_backend(value: str, backend: str) -> None:
     out, err = python(BACKEND, SVG_EAR=value)
@@ -39,7 +45,7 @@ def test_default_backend(value: str, backend: str) -> None:
     assert "svg" not in err
 
 
-@pytest.mark.parametrize("flags", [(), ("-W", "error")])
+@pytest.mark.parametrize("flags", [pytest.param((), marks=pytest.mark.slow), ("-W", "error")])
 def test_nonsense_is_a_warning_and_torch_works(flags: tuple[str, ...]) -> None:
     out, err = python("import torch; print(torch.ones(1).item())", flags=flags, SVG_EAR="maybe")
     assert out == "1.0"
@@ -80,7 +86,10 @@ for backend in sys.argv[1:]:
 
 
 @pytest.mark.parametrize(
-    ("backends", "told"), [(["eager", "default", "aot_eager", "aot_eager"], 1), (["eager", "default"], 0)]
+    ("backends", "told"), [
+        (["eager", "default", "aot_eager", "aot_eager"], 1),
+        pytest.param(["eager", "default"], 0, marks=pytest.mark.slow),
+    ]
 )
 def test_a_program_that_names_another_backend_is_told_once(backends: list[str], told: int) -> None:
     _, err = python(NAMED, *backends, SVG_EAR="1", SVG_EAR_INNER="eager")
@@ -88,6 +97,7 @@ def test_a_program_that_names_another_backend_is_told_once(backends: list[str], 
     assert err.count("svg_ear") == 2 * told, "that line, and no other"
 
 
+@pytest.mark.slow
 def test_a_program_that_compiles_nothing_is_told_nothing() -> None:
     _, err = python("import diffusers.models.transformers.transformer_wan", SVG_EAR="1", SVG_EAR_REPORT="1")
     assert "svg" not in err

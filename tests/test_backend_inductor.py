@@ -51,6 +51,7 @@ def _counted(counter: CompileCounterWithBackend, gm: torch.fx.GraphModule, input
     return backend_module.svg_ear(gm, inputs, options={**EAGER, "density": 1.0})
 
 
+@pytest.mark.slow
 def test_dynamic_from_the_start(toy: ToyVideo, toy_inputs: ToyInputs) -> None:
     run = compiled(toy, {**SPARSE, "density": 1.0}, dynamic=True)
     for frames, size in ((4, 16), (3, 24)):
@@ -144,6 +145,7 @@ def _process(cache: Path, kwargs: str, **environ: str) -> tuple[dict[str, Any], 
     return json.loads(done.stdout.splitlines()[-1]), done.stderr
 
 
+@pytest.mark.slow
 def test_a_warm_second_process(inductor_cache: Path) -> None:
     kwargs = f"dict(backend='svg_ear', options={SPARSE!r})"
     first, _ = _process(inductor_cache, kwargs)
@@ -153,6 +155,7 @@ def test_a_warm_second_process(inductor_cache: Path) -> None:
     assert "blocks.*.attn1" in log, "TORCH_LOGS shows the report"
 
 
+@pytest.mark.slow
 def test_by_the_environment_alone(inductor_cache: Path) -> None:
     settings = {f"SVG_EAR_{k.upper()}": str(v) for k, v in EAGER.items()}
     totals, err = _process(inductor_cache, "{}", SVG_EAR="1", SVG_EAR_REPORT="1", **settings)

@@ -10,6 +10,7 @@ import pytest
 from benchmark import import_benchmark
 
 pytest.importorskip("diffusers")
+pytestmark = pytest.mark.slow
 
 
 def results(tmp_path: Path, line: str) -> dict[str, Any]:

@@ -62,6 +62,7 @@ def test_a_generation_meets_its_target_and_the_guard_is_silent() -> None:
     assert len(data["graphs"][0]["errors"]) == LAYERS * 8
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh")
 def test_the_same_bits_twice() -> None:
     """Decisions depend on nothing but what was measured."""

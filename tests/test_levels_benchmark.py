@@ -15,6 +15,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("matplotlib")
 
 
+@pytest.mark.slow
 def test_levels_and_fixed_densities_are_measured(tmp_path: Path) -> None:
     levels, tiny_clips = import_benchmark("levels"), import_benchmark("tiny_clips")
     clips = tiny_clips.Clips("wan", toy_weights("wan", tmp_path), **{**SHORT, "clips": 2})

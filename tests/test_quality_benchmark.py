@@ -37,6 +37,7 @@ def toy_weights(model: str, folder: Path) -> Path:
     return folder / "export"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "other"),
     [("wan", "svg2"), ("hunyuan", "default, skipped blocks dropped"), ("cogvideox", "svg_ear")],

@@ -115,6 +115,7 @@ def test_embedding_tells_ids_and_positions_apart() -> None:
     assert len(vectors.flatten(0, 1).unique(dim=0)) == ids.numel()
 
 
+@pytest.mark.slow
 def test_training_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two legs, then a third from the exported weights alone: steps add up and losses are finite."""
     arguments = ["--toy", "--no-compile", "--device", "cpu", "--max-steps", "3", "--log-every", "1"]

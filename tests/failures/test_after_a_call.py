@@ -60,6 +60,7 @@ def test_a_report_that_cannot_be_written(
         diagnostics._paths.clear()
 
 
+@pytest.mark.slow
 def test_a_report_that_cannot_be_written_at_exit(tmp_path: Path) -> None:
     """The folder goes away while the program runs. Its exit status stays what it was."""
     folder = tmp_path / "reports"

@@ -50,7 +50,7 @@ def run(toy: ToyVideo, inputs: tuple[torch.Tensor, ...], **kwargs: Any) -> torch
         return torch.compile(toy, dynamic=True, **kwargs)(*inputs)  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("reject", [while_tracing, while_lowering])
+@pytest.mark.parametrize("reject", [pytest.param(while_tracing, marks=pytest.mark.slow), while_lowering])
 def test_it_is_what_plain_inductor_gives(
     toy: ToyVideo, toy_inputs: ToyInputs, monkeypatch: pytest.MonkeyPatch, reject: Any
 ) -> None:
@@ -83,6 +83,7 @@ def test_it_is_what_plain_inductor_gives(
     assert "was left as it was, because of" in str(report)
 
 
+@pytest.mark.slow
 def test_unbacked_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A size that only the run shows: symbols that the first try had made do no harm."""
 

@@ -44,6 +44,7 @@ def process(mode: str, path: Path, cache: Path) -> tuple[str, str]:
     return done.stdout.splitlines()[-1], done.stderr
 
 
+@pytest.mark.slow
 def test_caching_precompile_stores_no_rewritten_graph(tmp_path: Path) -> None:
     """Both processes have the dense first step and the report; only torch's other caches are warm."""
     path = tmp_path / "artifacts"

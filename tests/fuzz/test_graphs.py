@@ -1,6 +1,6 @@
 """Whatever form attention has: dense where it must be, the plan's softmax where it is sparse, and no crash.
 
-120 examples, always the same. HYPOTHESIS_PROFILE=fuzz_nightly draws 5,000 new ones.
+120 examples, always the same; `make test` has the first 20. HYPOTHESIS_PROFILE=fuzz_nightly draws 5,000 new ones.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ CHECKS = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 settings.register_profile(
     "fuzz", max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=CHECKS
 )
+settings.register_profile("fuzz_quick", settings.get_profile("fuzz"), max_examples=10)
 settings.register_profile(
     "fuzz_nightly", max_examples=2500, deadline=None, print_blob=True, suppress_health_check=CHECKS
 )

@@ -57,6 +57,7 @@ def test_what_the_report_says(monkeypatch: pytest.MonkeyPatch) -> None:
     assert attention_kernel(torch.device("cpu"), torch.bfloat16, 128).name == "PyTorch"
 
 
+@pytest.mark.slow
 def test_on_a_cpu_triton_is_not_imported() -> None:
     code = (
         "import sys, torch; from svg_ear_compile.kernels.attention.choice import attention_kernel;"

@@ -1,8 +1,8 @@
 """Every shipped configuration compiles for every GPU, fits into its shared memory and does not spill.
 
-Needs no GPU: Triton's own compiler and the ptxas and cuobjdump in its wheel. The default run compiles the
-configurations that video models use, attention for all GPUs and the other kernels for two of them;
-SVG_EAR_TEST_ALL_CONFIGS=1 compiles all (about half an hour).
+Needs no GPU: Triton's own compiler and the ptxas and cuobjdump in its wheel. `make test` compiles one kernel,
+a plain run the configurations that video models use: attention for all GPUs and the other kernels for two of
+them. SVG_EAR_TEST_ALL_CONFIGS=1 compiles all (about half an hour).
 """
 
 # ruff: noqa: E402
@@ -134,6 +134,7 @@ def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("capability", "head_dim", "dtype", "variable", "streams"), list(cases()), ids=str)
 def test_configuration(tmp_path, capability, head_dim, dtype, variable, streams):
     kernel = compiled_attention(capability, head_dim, dtype, variable, streams)
@@ -141,6 +142,7 @@ def test_configuration(tmp_path, capability, head_dim, dtype, variable, streams)
     check(kernel, tmp_path, capability, dtype, stack=96 if "first order" in streams else 0)
 
 
+@pytest.mark.slow
 def test_rows_that_tma_cannot_take(tmp_path):
     kernel = compiled_attention((9, 0), 100, torch.bfloat16, False, "attend")
     check(kernel, tmp_path, (9, 0), torch.bfloat16)
@@ -156,6 +158,7 @@ def check(kernel, tmp_path, capability, dtype, stack=0):
         assert used["LOCAL"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("one_tile", [True, False], ids=["tiles", "clusters"])
 @pytest.mark.parametrize("routing", ["output_error", "svg_ear"])
 @pytest.mark.parametrize("capability", SMALL_KERNELS_ON, ids=str)
@@ -174,6 +177,7 @@ def test_probe(tmp_path, capability, routing, one_tile):
                 check(kernel, tmp_path, capability, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", SMALL_KERNELS_ON, ids=str)
 def test_gather(tmp_path, capability):
     for pair in (True, False):
@@ -182,6 +186,7 @@ def test_gather(tmp_path, capability):
         check(kernel, tmp_path, capability, torch.bfloat16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", SMALL_KERNELS_ON, ids=str)
 def test_covariance(tmp_path, capability):
     for head_dim in (16, 64, 96, 128, 192, 256) if EVERYTHING else (128,):
@@ -197,6 +202,7 @@ def test_covariance(tmp_path, capability):
             check(kernel, tmp_path, capability, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", SMALL_KERNELS_ON, ids=str)
 def test_rows(tmp_path, capability):
     for head_dim in (16, 64, 96, 128, 192, 256) if EVERYTHING else (128,):
@@ -207,6 +213,7 @@ def test_rows(tmp_path, capability):
             check(kernel, tmp_path, capability, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", SMALL_KERNELS_ON, ids=str)
 def test_splits(tmp_path, capability):
     for head_dim in (64, 96, 128) if EVERYTHING else (128,):  # directions of larger ones spill: not fast
@@ -227,6 +234,7 @@ def test_splits(tmp_path, capability):
         check(kernel, tmp_path, capability, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", SMALL_KERNELS_ON, ids=str)
 def test_kmeans(tmp_path, capability):
     for head_dim in (64, 96, 128, 256) if EVERYTHING else (128,):
@@ -245,6 +253,7 @@ def test_kmeans(tmp_path, capability):
 HOPPER = [(head_dim, dtype, terms) for head_dim in (64, 128) for dtype in HALVES for terms in (False, True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("head_dim", "dtype", "terms"), HOPPER if EVERYTHING else [HOPPER[i] for i in (1, 2, 4, 5)], ids=str
 )
@@ -265,6 +274,7 @@ def test_hopper(tmp_path, head_dim, dtype, terms):
     assert max(registers) >= 240
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", SMALL_KERNELS_ON, ids=str)
 def test_routing(tmp_path, capability):
     kernels = [(triton_route.shift_kernel, triton_route.shift_meta(True), ())]
@@ -277,9 +287,10 @@ def test_routing(tmp_path, capability):
         check(compiled(kernel, capability, torch.bfloat16, options, None, absent), tmp_path, capability, None)
 
 
-def test_hopper_uses_its_own_instructions():
+def test_hopper_uses_its_own_instructions(tmp_path):
     """The hot configuration: asynchronous matrix products, tiles by TMA, three of them in flight."""
     kernel = compiled_attention((9, 0), 128, torch.bfloat16, False, "attend")
+    check(kernel, tmp_path, (9, 0), torch.bfloat16)
     assert "wgmma.mma_async" in kernel.asm["ptx"]
     assert "cp.async.bulk.tensor" in kernel.asm["ptx"]
     assert "3x64x128xbf16" in kernel.asm["ttgir"]

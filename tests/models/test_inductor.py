@@ -36,6 +36,7 @@ def static_inputs(name: str, regional: bool, rewrites: bool) -> list[tuple[int, 
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "regional"), [("wan", False), ("hunyuan_video", True)])
 def test_weights_stay_static(name: str, regional: bool) -> None:
     plain, ours = static_inputs(name, regional, False), static_inputs(name, regional, True)

@@ -14,6 +14,7 @@ OUTSIDE = "attention of transformer_mochi that is outside of the graphs (Dynamic
 SETTING = "torch._dynamo.config.capture_dynamic_output_shape_ops = True"
 
 
+@pytest.mark.slow
 def test_attention_between_graphs_is_named() -> None:
     model, arguments = build("mochi")
     others = [name for captured in capture(model, arguments(3, 4, 6)).captured for name in captured.others]
@@ -30,8 +31,10 @@ def test_the_report_says_what_to_set() -> None:
     assert f"left as it is: {OUTSIDE}" in text
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("scalars", [False, True])
+@pytest.mark.parametrize(
+    ("batch", "scalars"),
+    [(1, False), *(pytest.param(*key, marks=pytest.mark.slow) for key in ((1, True), (2, False), (2, True)))],
+)
 def test_in_one_graph_its_lengths_are_unknown(batch: int, scalars: bool) -> None:
     (model, arguments), (eager, _) = build("mochi"), build("mochi")
     call = arguments(3, 4, 6, batch=batch) | {"return_dict": False}

@@ -1,7 +1,6 @@
 """A model at density 0.3 gives what the fp64 joint softmax of the plans it used gives; dropping does not.
 
-SVG_EAR_TEST_ALL_MODELS=1 pytest tests/models     all of them, and each at density 1
-SVG_EAR_TEST_ALL_INDUCTOR=1 pytest tests/models/test_plans.py     all of them through Inductor too
+SVG_EAR_TEST_ALL_INDUCTOR=1 runs all of them through Inductor, too.
 """
 
 from __future__ import annotations
@@ -26,22 +25,12 @@ pytestmark = [pytest.mark.usefixtures("fresh"), pytest.mark.filterwarnings("erro
 SIZE = (2, 16, 16)
 """512 tokens: four blocks of queries, eight of keys."""
 ALL = sorted(SECTIONS)
-LIKE_OTHERS = {
-    "anyflow", "chronoedit", "consisid", "hunyuan_video_framepack", "hunyuan_video_i2v",
-    "hunyuan_video_token_replace", "kandinsky5", "sana_wm_refiner", "skyreels_v2", "wan_animate", "wan_i2v",
-    "wan_vace",
+KINDS = {
+    ("wan", "whole"), ("wan", "regional"), ("hunyuan_video", "whole"), ("cogvideox", "whole"), ("ltx", "whole"),
 }  # fmt: skip
-"""Their attention is another model's; verdicts.txt has them all."""
-MODELS = [
-    (name, way)
-    for name, way in ALL
-    if (way == "whole" and name not in LIKE_OTHERS) or name in ("wan", "hunyuan_video", "motif_video")
-]
-INDUCTOR = [("wan", "whole")]
-if os.environ.get("SVG_EAR_TEST_ALL_MODELS") == "1":
-    MODELS = ALL
-if os.environ.get("SVG_EAR_TEST_ALL_INDUCTOR") == "1":
-    MODELS = INDUCTOR = ALL
+"""A model of each kind of attention: alone, with text in the same sequence, with a mask, with other grids."""
+MODELS = [key if key in KINDS else pytest.param(*key, marks=pytest.mark.slow) for key in ALL]
+INDUCTOR = ALL if os.environ.get("SVG_EAR_TEST_ALL_INDUCTOR") == "1" else [("wan", "whole")]
 ROUNDING = {"float32": 1e-6, "bfloat16": 1e-3}
 
 
@@ -99,6 +88,7 @@ def test_a_run_that_drops_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
         check("wan", "whole", Kept(monkeypatch), inner="eager", compensate=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "way"), INDUCTOR)
 def test_through_inductor(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     check(name, way, Kept(monkeypatch))

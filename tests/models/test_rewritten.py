@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import pytest
@@ -43,8 +42,17 @@ def check(
         assert len(backend.captured) == len(untouched.captured), "no recompilation that would not be anyway"
 
 
-@pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
-@pytest.mark.parametrize("name", REWRITTEN)
+@pytest.mark.parametrize(
+    ("name", "dynamic"),
+    [
+        ("cogvideox", None),
+        ("wan", True),
+        pytest.param("cogvideox", True, marks=pytest.mark.slow),
+        pytest.param("hunyuan_video", None, marks=pytest.mark.slow),
+        pytest.param("hunyuan_video", True, marks=pytest.mark.slow),
+        pytest.param("wan", None, marks=pytest.mark.slow),
+    ],
+)
 def test_whole(name: str, dynamic: bool | None) -> None:
     if name == "wan":
         check(name, SIZES, regional=False, dynamic=dynamic, counted=True)
@@ -52,26 +60,30 @@ def test_whole(name: str, dynamic: bool | None) -> None:
         check(name, SIZES[:2], regional=False, dynamic=dynamic)
 
 
-@pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
+@pytest.mark.parametrize(
+    "dynamic", [pytest.param(None, id="automatic", marks=pytest.mark.slow), pytest.param(True, id="dynamic")]
+)
 @pytest.mark.parametrize("name", sorted(REGIONAL & set(REWRITTEN)))
 def test_block_by_block(name: str, dynamic: bool | None) -> None:
     sizes = SIZES[:2] if dynamic else SIZES
     check(name, sizes, regional=True, dynamic=dynamic, counted=dynamic is None)
 
 
-@pytest.mark.parametrize("name", REWRITTEN)
+@pytest.mark.parametrize(
+    "name", ["hunyuan_video", *(pytest.param(name, marks=pytest.mark.slow) for name in ("wan", "cogvideox"))]
+)
 def test_three_ops(name: str) -> None:
     """Of dynamic sizes, which are the harder part."""
     check(name, SIZES[:1], regional=False, dynamic=True, merge=False)
 
 
-@pytest.mark.skipif(os.environ.get("SVG_EAR_TEST_ALL_MODELS") != "1", reason="test_plans.py runs most")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_models(name: str) -> None:
     check(name, [LARGER.get(name, SIZES[0])], regional=False)
 
 
-@pytest.mark.skipif(os.environ.get("SVG_EAR_TEST_ALL_MODELS") != "1", reason="test_plans.py runs most")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(REGIONAL & set(OTHERS)))
 def test_other_models_block_by_block(name: str) -> None:
     check(name, [LARGER.get(name, SIZES[0])], regional=True)

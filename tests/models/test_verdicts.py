@@ -13,9 +13,24 @@ from models.tiny import BUILDERS, build
 
 F, H, W = golden.SIZE
 GOLDEN = golden.read()
+LIKE_OTHERS = {
+    "anyflow", "chronoedit", "consisid", "hunyuan_video_framepack", "hunyuan_video_i2v",
+    "hunyuan_video_token_replace", "kandinsky5", "sana_wm_refiner", "skyreels_v2", "wan_animate", "wan_i2v",
+    "wan_vace",
+}  # fmt: skip
+"""Models whose attention is that of another model: slow."""
+REGIONAL = {"wan", "hunyuan_video", "ltx", "motif_video"}
+GOLDEN_NOW = {
+    (name, way)
+    for name, way in GOLDEN
+    if name not in LIKE_OTHERS and (way == "whole" or name in REGIONAL)
+}
 
 
-@pytest.mark.parametrize(("name", "way"), GOLDEN)
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [key if key in GOLDEN_NOW else pytest.param(*key, marks=pytest.mark.slow) for key in GOLDEN],
+)
 def test_models(name: str, way: str) -> None:
     assert golden.verdicts(name, way) == GOLDEN[name, way], "if this is meant: python tests/models/golden.py"
 
@@ -32,7 +47,9 @@ def without_masks(lines: Sequence[str]) -> list[str]:
     return [line.partition(" | ")[0] for line in lines]
 
 
-@pytest.mark.parametrize("name", ["wan", "cogvideox", "hunyuan_video", "ltx"])
+@pytest.mark.parametrize(
+    "name", ["wan", "ltx", *(pytest.param(n, marks=pytest.mark.slow) for n in ("cogvideox", "hunyuan_video"))]
+)
 def test_dynamic_shapes_change_no_verdict(name: str) -> None:
     model, arguments = build(name)
     backend = capture(model, arguments(F, H, W), dynamic=True)
@@ -41,14 +58,16 @@ def test_dynamic_shapes_change_no_verdict(name: str) -> None:
     assert all(isinstance(length, str) for length in lengths), "the graph is dynamic, and the site says so"
 
 
-@pytest.mark.parametrize("name", ["wan", "hunyuan_video"])
+@pytest.mark.parametrize("name", ["wan", pytest.param("hunyuan_video", marks=pytest.mark.slow)])
 def test_dynamic_blocks(name: str) -> None:
     model, arguments = build(name)
     backend = capture(model, arguments(F, H, W), regional=True, dynamic=True)
     assert without_masks(golden.lines(backend)) == without_masks(GOLDEN[name, "regional"])
 
 
-@pytest.mark.parametrize("name", ["wan", "hunyuan_video", "ltx", "kandinsky5"])
+@pytest.mark.parametrize(
+    "name", ["wan", "ltx", *(pytest.param(n, marks=pytest.mark.slow) for n in ("hunyuan_video", "kandinsky5"))]
+)
 def test_offloaded_blocks(name: str) -> None:
     from diffusers.hooks import apply_group_offloading
 

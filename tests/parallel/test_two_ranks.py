@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from parallel.worlds import Figures, two_processes
 
+pytestmark = pytest.mark.slow
 GRID = (3, 16, 16)
 
 

@@ -33,12 +33,12 @@ def capture(name: str, way: str, ranks: int = 2, rank: int = 0, dynamic: bool | 
 @pytest.mark.parametrize(
     ("name", "way", "dynamic", "expected"),
     [
-        ("wan", "whole", None, [VIDEO, VIDEO]),
+        pytest.param("wan", "whole", None, [VIDEO, VIDEO], marks=pytest.mark.slow),
         ("wan", "regional", True, [VIDEO, VIDEO]),
         ("hunyuan_video", "regional", True, [JOINT, JOINT]),
-        (
+        pytest.param(
             "hunyuan_video", "whole", None,
-            [f"{JOINT} 3x4x6", f"single_transformer_blocks.0.{JOINT} 3x4x6"],
+            [f"{JOINT} 3x4x6", f"single_transformer_blocks.0.{JOINT} 3x4x6"], marks=pytest.mark.slow,
         ),
         ("ltx", "whole", None, [f"transformer_blocks.{i}.{VIDEO} 3x4x6" for i in (0, 1)]),
         ("ltx", "regional", None, [VIDEO]),

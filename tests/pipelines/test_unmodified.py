@@ -27,6 +27,7 @@ print(((got - dense).norm() / dense.norm()).item())
 """
 
 
+@pytest.mark.slow
 def test_an_unmodified_script(tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     ours = {

@@ -16,7 +16,7 @@ import svg_ear_compile
 pytestmark = [pytest.mark.usefixtures("fresh"), pytest.mark.filterwarnings("error:svg_ear")]
 
 WAYS = {"whole": compiled, "blockwise": blockwise}
-ways = pytest.mark.parametrize("how", WAYS)
+ways = pytest.mark.parametrize("how", ["blockwise", pytest.param("whole", marks=pytest.mark.slow)])
 FIRST_DENSE = {**DENSITY_1, "dense_layers": 1}
 """To see that layers are told apart."""
 
@@ -128,7 +128,7 @@ def test_int8_weights() -> None:
     assert calls() == (1, {"dense layers": 1})
 
 
-@pytest.mark.parametrize("backend", ["_native_math", "flex"])
+@pytest.mark.parametrize("backend", ["_native_math", pytest.param("flex", marks=pytest.mark.slow)])
 def test_another_attention_backend_is_dense_and_the_hint_helps(backend: str) -> None:
     expected, model = wan()(**arguments())[0], wan()
     model.set_attention_backend(backend)

@@ -87,7 +87,9 @@ def difference(got: Run, expected: Run) -> float:
     return ((got.latents - expected.latents).norm() / expected.latents.norm()).item()
 
 
-@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize(
+    "cache", [broadcast, *(pytest.param(cache, marks=pytest.mark.slow) for cache in (first_block, faster))]
+)
 def test_calls_that_it_leaves_out_are_not_counted_and_steps_are_the_pipeline_s(cache: Any) -> None:
     """Also where attention is a graph of its own, inside of the hooks of all but first_block."""
     expected, steps = alone(cache)
@@ -110,7 +112,9 @@ def test_each_generation_begins_anew() -> None:
         assert calls() == (count * (len(steps) - dense), {"warm-up steps": count * dense})
 
 
-@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize(
+    "cache", [first_block, *(pytest.param(cache, marks=pytest.mark.slow) for cache in (broadcast, faster))]
+)
 def test_sparse_beside_it(cache: Any) -> None:
     expected, steps = alone(cache)
     beside = cached(cache, {"density": 0.3})(steps=STEPS)
@@ -122,6 +126,7 @@ def test_sparse_beside_it(cache: Any) -> None:
     assert not totals["fallbacks"]
 
 
+@pytest.mark.slow
 def test_the_paper_s_clusters_beside_half_a_batch() -> None:
     """Centroids of another batch size are not carried on."""
     expected, steps = alone(faster)

@@ -125,6 +125,7 @@ def worker(run: Any, answers: Any) -> None:
     answers.put((error(out, expected) < ROUNDING, calls()[0]))
 
 
+@pytest.mark.slow
 def test_workers_forked_and_spawned(tmp_path: Path) -> None:
     """A forked worker goes on with what was compiled and counted; a spawned one compiles what it was sent."""
     script = tmp_path / "script.py"

@@ -103,7 +103,14 @@ def test_a_batch_is_its_elements(options: dict[str, Any]) -> None:
     assert calls() == (3 * LAYERS, {})
 
 
-@pytest.mark.parametrize("dynamic", [None, True, False], ids=["automatic", "dynamic", "static"])
+@pytest.mark.parametrize(
+    "dynamic",
+    [
+        pytest.param(None, id="automatic"),
+        pytest.param(True, id="dynamic", marks=pytest.mark.slow),
+        pytest.param(False, id="static", marks=pytest.mark.slow),
+    ],
+)
 def test_no_compilation_that_would_not_be_anyway(toy_inputs: ToyInputs, dynamic: bool | None) -> None:
     sizes, timesteps = (16, 24, 20), (999, 900, 500)
     plain, counter = ToyVideo().eval(), CompileCounter()
