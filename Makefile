@@ -1,13 +1,19 @@
-# make demo: watch it work. make test: lint, types and tests. Both set up .venv first; python3 is all they need.
+# make demo: watch it work. make test: lint, types and tests. make test-all: the slow tests, too.
+# All set up .venv first; python3 is all they need.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint types gpu sanitize quality clean
+.PHONY: demo test test-all lint types gpu sanitize quality clean
 
 demo: .venv/ready
 	$(BIN)/svg-ear demo $(ARGS)
 
+test: export OMP_NUM_THREADS = 1
 test: lint types
+	HYPOTHESIS_PROFILE=fuzz_quick $(BIN)/pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 --dist worksteal -m "not slow" tests/interpreted
+
+test-all: lint types
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal $(ARGS)
 
 lint: .venv/ready

@@ -86,10 +86,11 @@ for backend in sys.argv[1:]:
 
 
 @pytest.mark.parametrize(
-    ("backends", "told"), [
+    ("backends", "told"),
+    [
         (["eager", "default", "aot_eager", "aot_eager"], 1),
         pytest.param(["eager", "default"], 0, marks=pytest.mark.slow),
-    ]
+    ],
 )
 def test_a_program_that_names_another_backend_is_told_once(backends: list[str], told: int) -> None:
     _, err = python(NAMED, *backends, SVG_EAR="1", SVG_EAR_INNER="eager")

@@ -27,15 +27,17 @@ SHARED: list[tuple[Any, str]] = [
     (cluster, "make_blocks"), (permute, "gather_with_means"), (permute, "gathered_means"), (probe, "probe"),
     (route, "route"), (route, "centroid_bias"), (route, "kept_lists"),
 ]  # fmt: skip
-MERGED = [(stage, True) for stage in [*SHARED, (attention, "attend")]]
-THREE = [
-    (stage, False) for stage in [*SHARED, (attention, "sparse_exact"), (attention, "centroid_compensation")]
-]
+FIRST, MERGED = (SHARED[0], True), ((attention, "attend"), True)
+THREE = [((attention, "sparse_exact"), False), ((attention, "centroid_compensation"), False)]
+ALL = [*((stage, True) for stage in SHARED), MERGED, *THREE]
+"""(stage, whether the op is merged). What follows a failure is one code: not every test has every stage."""
 ERRORS = [ZeroDivisionError("no way"), torch.OutOfMemoryError("full")]
 
-stages = pytest.mark.parametrize(
-    ("stage", "merge"), MERGED + THREE, ids=lambda x: x[1] if isinstance(x, tuple) else f"merge={x}"
-)
+
+def stages(chosen: list[tuple[tuple[Any, str], bool]]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(
+        ("stage", "merge"), chosen, ids=lambda x: x[1] if isinstance(x, tuple) else x
+    )
 
 
 def broken(monkeypatch: pytest.MonkeyPatch, stage: tuple[Any, str], error: BaseException) -> None:
@@ -49,8 +51,11 @@ def of_ours(caught: list[warnings.WarningMessage]) -> list[str]:
     return [str(w.message) for w in caught if "svg_ear" in str(w.message)]
 
 
-@stages
-@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize(
+    ("stage", "merge", "error"),
+    [*((*stage, ERRORS[0]) for stage in ALL), (*MERGED, ERRORS[1])],
+    ids=lambda x: x[1] if isinstance(x, tuple) else str(x) if isinstance(x, bool) else type(x).__name__,
+)
 def test_dense_one_warning_and_a_counter(
     toy: ToyVideo,
     toy_inputs: ToyInputs,
@@ -72,7 +77,7 @@ def test_dense_one_warning_and_a_counter(
     assert svg_ear_compile.report().totals()["fallbacks"] == {f"fallback: {type(error).__name__}": 4}
 
 
-@stages
+@stages([FIRST, MERGED, THREE[0]])
 def test_sparse_again_when_the_failure_is_over(
     toy: ToyVideo,
     toy_inputs: ToyInputs,
@@ -90,7 +95,7 @@ def test_sparse_again_when_the_failure_is_over(
     assert calls() == (4, {"failures": 2})
 
 
-@stages
+@stages([FIRST, MERGED, THREE[1]])
 def test_strict_names_the_site(
     toy: ToyVideo,
     toy_inputs: ToyInputs,
@@ -104,7 +109,7 @@ def test_strict_names_the_site(
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
 
-@stages
+@stages([MERGED, THREE[0]])
 @pytest.mark.parametrize("error", [torch.AcceleratorError("device lost"), KeyboardInterrupt()], ids=repr)
 def test_what_is_not_ours_to_handle_propagates(
     toy: ToyVideo,
@@ -142,10 +147,13 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("change", SHAPES)
 @pytest.mark.parametrize(
-    ("stage", "merge"),
-    [("attend", True), ("sparse_exact", False), ("centroid_compensation", False)],
+    ("stage", "merge", "change"),
+    [
+        *(("attend", True, change) for change in SHAPES),
+        ("sparse_exact", False, "shorter"),
+        ("centroid_compensation", False, "other layout"),
+    ],
 )
 def test_a_kernel_that_returns_something_else(
     toy: ToyVideo,
@@ -163,10 +171,9 @@ def test_a_kernel_that_returns_something_else(
     assert calls() == (0, {"failures": 2})
 
 
-@pytest.mark.parametrize("merge", [True, False])
 @pytest.mark.parametrize("stage", SHARED, ids=lambda stage: stage[1])
 def test_a_stage_that_returns_too_little(
-    toy: ToyVideo, toy_inputs: ToyInputs, monkeypatch: pytest.MonkeyPatch, stage: tuple[Any, str], merge: bool
+    toy: ToyVideo, toy_inputs: ToyInputs, monkeypatch: pytest.MonkeyPatch, stage: tuple[Any, str]
 ) -> None:
     """Whatever is missing, it never comes to a kernel that would read behind its end."""
     function = getattr(*stage)
@@ -180,17 +187,19 @@ def test_a_stage_that_returns_too_little(
         return x
 
     monkeypatch.setattr(*stage, lambda *a, **k: fewer(function(*a, **k)))
-    for kernel in ("attend", "sparse_exact"):
-        monkeypatch.setattr(attention, kernel, lambda *a: pytest.fail("a kernel was called"))
+    monkeypatch.setattr(attention, "attend", lambda *a: pytest.fail("a kernel was called"))
     with pytest.warns(RuntimeWarning, match="ran dense"):
-        out = compiled(toy, {**LENIENT, "merge": merge})(*toy_inputs())
+        out = compiled(toy, LENIENT)(*toy_inputs())
     torch.testing.assert_close(out, toy(*toy_inputs()), rtol=1e-5, atol=1e-5)
     assert calls() == (0, {"failures": 2})
 
 
-@pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize(
-    "wrong", [lambda q: q.new_empty(q.shape[:-1]), lambda q: q.new_empty(q.shape)], ids=["shape", "layout"]
+    ("wrong", "strict"),
+    [
+        pytest.param(lambda q: q.new_empty(q.shape), False, id="layout"),
+        pytest.param(lambda q: q.new_empty(q.shape[:-1]), True, id="shape, strict", marks=pytest.mark.slow),
+    ],
 )
 def test_a_wrong_fake_ends_in_the_compilers_own_error(
     monkeypatch: pytest.MonkeyPatch, wrong: Callable[[Tensor], Tensor], strict: bool
@@ -218,8 +227,7 @@ class Writing(nn.Module):
         return out
 
 
-@pytest.mark.parametrize("strict", [True, False])
-@pytest.mark.parametrize("merge", [True, False])
+@pytest.mark.parametrize(("merge", "strict"), [(True, True), (True, False), (False, False)])
 def test_a_call_that_writes_into_its_input_is_not_run_again(
     monkeypatch: pytest.MonkeyPatch, merge: bool, strict: bool
 ) -> None:

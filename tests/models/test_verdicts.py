@@ -21,9 +21,7 @@ LIKE_OTHERS = {
 """Models whose attention is that of another model: slow."""
 REGIONAL = {"wan", "hunyuan_video", "ltx", "motif_video"}
 GOLDEN_NOW = {
-    (name, way)
-    for name, way in GOLDEN
-    if name not in LIKE_OTHERS and (way == "whole" or name in REGIONAL)
+    (name, way) for name, way in GOLDEN if name not in LIKE_OTHERS and (way == "whole" or name in REGIONAL)
 }
 
 
@@ -66,7 +64,8 @@ def test_dynamic_blocks(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["wan", "ltx", *(pytest.param(n, marks=pytest.mark.slow) for n in ("hunyuan_video", "kandinsky5"))]
+    "name",
+    ["wan", "ltx", *(pytest.param(n, marks=pytest.mark.slow) for n in ("hunyuan_video", "kandinsky5"))],
 )
 def test_offloaded_blocks(name: str) -> None:
     from diffusers.hooks import apply_group_offloading
