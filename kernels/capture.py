@@ -1,8 +1,9 @@
 """Is this call being recorded into a CUDA graph?
 
-A replay runs the recorded kernels on the recorded addresses, and no Python. So a recorded call reads no
-tensor that an earlier call left (it may be gone, or changed, when the graph is replayed), leaves none (the
-next replay writes over it), measures nothing, and does not go by what the host read of a tensor.
+A replay runs the recorded kernels on the recorded addresses, and no Python. So a recorded call
+- reads no tensor that an earlier call left: it may be gone or changed at the replay;
+- leaves no tensor: the next replay would overwrite it;
+- measures nothing, and does not rely on anything that the host read from a tensor.
 """
 
 from __future__ import annotations

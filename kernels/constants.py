@@ -11,17 +11,22 @@ from torch import Tensor
 class SiteConstants(NamedTuple):
     """The trailing arguments of a site's ops.
 
-    scale: of the logits, 1/sqrt(head_dim) when None. num_text: text tokens of the sequence, first or last
-    in it. grid: (frames, height, width) of the video tokens, or empty. order: how video tokens are put into
-    blocks, "auto" (splits where no grid is known, else cubes but for the
-    heads that the context names), "cubes", "splits", "kmeans". routing: which
-    blocks are exact, "output_error" (one budget for a batch element), "svg_ear" or "mass" (the papers).
-    compensate: whether centroids stand for skipped blocks. density: exact video query-key pairs over all of
-    them, where the call's context says nothing else; None: as the routing finds. site: the number of the site
-    in its graph. min_tokens, min_frames: of the video; a call with fewer is dense. 0 where all calls have one
-    size, so that nothing is left to check. shards: the sequence is that of so many ranks end to end, each with its
-    equal share of the video and of the text (kernels/blocks/places.py). host: somebody decides each call just before it
-    (context.py), so a call of which nobody does is dense; False: the op is called directly.
+    scale: factor of the logits; None: 1/sqrt(head_dim).
+    num_text, text_first: how many text tokens the sequence has, and whether they come first or last.
+    grid: (frames, height, width) of the video tokens, or empty.
+    order: how video tokens are put into blocks: "cubes", "splits", "kmeans", or "auto": splits where no grid
+        is known, else cubes but for the heads that the context names.
+    routing: which blocks are computed exactly: "output_error" (one budget for a batch element), "svg_ear" or
+        "mass" (the papers).
+    compensate: whether centroids stand for skipped blocks.
+    density: share of the video query-key pairs that is computed exactly, unless the context names another
+        one; None: whatever the routing finds.
+    seed: of the k-means. site: the number of the site in its graph.
+    min_tokens, min_frames: a call with fewer of the video is dense; 0: nothing to check.
+    shards: the sequence is that of this many ranks end to end, each with an equal share of the video and of
+        the text (kernels/blocks/places.py).
+    host: the host decides each call just before it (context.py), so a call without a decision is dense;
+        False: the op is called directly.
     """
 
     scale: float | None
@@ -40,13 +45,13 @@ class SiteConstants(NamedTuple):
     host: bool = False
 
     def scale_of(self, query: Tensor) -> float:
-        """What the logits of these queries [...,D] are multiplied by."""
+        """The factor of the logits of these queries [...,D]."""
         return 1 / math.sqrt(query.shape[-1]) if self.scale is None else self.scale
 
     def too_small(self, query: Tensor, grid: tuple[int, int, int] | None) -> str:
-        """Why a call with these queries [B,H,L,D] is too small to be sparse, for the report; "" if it is not.
+        """Why a call with these queries [B,H,L,D] is too small to be sparse, as the report says it; "" if it is not.
 
-        grid: the frame grid, where the constants do not have it.
+        grid: the frame grid, where the constants do not know it.
         """
         if query.shape[2] - self.num_text < self.min_tokens:
             return "too few tokens"

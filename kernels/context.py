@@ -1,9 +1,9 @@
 """What does the host tell the ops about the call that is running?
 
-The constants of a site are in the graph. What changes from call to call (is this layer dense at this
-step, which frame grid, which carried centroids) is decided on the host just before the compiled graph
-runs, and lies here, per thread, until it returns. Without a context an op that is called directly runs sparse and
-carries nothing; one of a rewritten graph runs dense, since its host is gone (`SiteConstants.host`).
+The constants of a site are in the graph. What changes from call to call (is this layer dense at this step?
+which frame grid? which centroids to go on from?) is decided on the host just before the compiled graph runs.
+It lies here, per thread, until the graph returns. Without a context, an op that is called directly runs
+sparse and keeps nothing. An op of a rewritten graph runs dense, because its host is gone (`SiteConstants.host`).
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 _T = TypeVar("_T")
-# So many things are remembered at a time: the orders and offsets of a few resolutions, and which heads of each layer
-# go by splits or get first-order terms. An order is the largest: 12 MB at 720p.
+# How many things are remembered at a time: the orders and offsets of a few resolutions, and for each layer which heads
+# go by splits or get first-order terms. The largest is an order: 12 MB at 720p.
 _REMEMBERED = 128
 
 
 @dataclass
 class SiteTotals:
-    """Sums over the sparse calls of one site, kept on the device: reading them is the report's business.
+    """Sums over the sparse calls of one site. They stay on the device until the report reads them.
 
     areas: [2] int64, query-key pairs of video tokens computed exactly, and the same with the padding of
     tiles; pairs: all query-key pairs of video tokens.
@@ -44,9 +44,9 @@ class SiteTotals:
 class Measure(NamedTuple):
     """What to measure in one call of one site, on rows drawn from `seed` (kernels/measuring/errors.py).
 
-    A sparse call measures its own error. With densities a call tries, too: it measures the errors that it
-    would have made in each of `orders` (none: the site's own) at each of `densities`, without and, with
-    first_order, also with first-order terms (kernels/attention/first_order.py).
+    A sparse call measures its own error. With densities it is also a trial: it measures the errors that the
+    call would have made in each of `orders` (none: the order of the site) at each of `densities`. With
+    first_order it tries each of them with first-order terms too (kernels/attention/first_order.py).
     """
 
     seed: int
@@ -57,28 +57,32 @@ class Measure(NamedTuple):
 
 @dataclass
 class RunContext:
-    """One call of one compiled graph.
+    """One call of one compiled graph. Keys of the dictionaries are the numbers of sites, unless said otherwise.
 
-    dense: the reason for each site that runs dense in this call; absent means sparse.
-    density: per site, what its sparse call may spend, instead of the site's constant.
-    split_heads: per site of the order "auto", which heads are put into blocks by splits although the grid is
-    known, [H]; absent: none.
-    first_order: per site, which heads get first-order terms (kernels/attention/first_order.py), [H]; absent: none.
-    measure: per site, what is to be measured; measured: the answer, [errors, 2, B, H] float32 on the device:
-    of a sparse call its own error, then those of what was tried.
-    audit: whether sparse calls leave their error over all rows, too; audited: it, per site, as in measured.
-    grid: (frames, height, width) in tokens, when only the arguments of this call show it.
-    carried: per site, what clustering left last time for this layer, branch and model: k-means the centroids
-    of queries and keys to go on from, splits their orders, to be used again.
-    fixed: what does not depend on a call's tensors but on their shapes (`remember`).
-    mask_ids: sites with one number here share one mask tensor in this call, so it is read once.
-    seen_keys: per such number, how many keys its mask shows, if it shows the first of each batch element and
-    equally many; else None. All of them: the mask is dropped.
-    counters: fallbacks by reason. totals: areas per site; None: they are not summed up, since a CUDA graph is
-    recorded, whose replays would. warned: kinds of errors already warned about.
-    names: module paths of sites. strict: raise instead of running dense after an error.
-    carried, fixed, counters, totals, warned and names may be shared by many calls; the rest is this
-    call's own.
+    Decided by the host before the call:
+    dense: why a site runs dense in this call. A site that is missing runs sparse. The ops add sites that
+        fail, or whose call turns out too small.
+    density: what a sparse call may spend, instead of the constant of the site.
+    split_heads: [H], which heads go by splits although the grid is known (order "auto"); missing: none.
+    first_order: [H], which heads get first-order terms (kernels/attention/first_order.py); missing: none.
+    measure: what to measure. audit: whether sparse calls also measure their error over all rows.
+    grid: (frames, height, width) in tokens, where only the arguments of this call show it.
+    mask_ids: sites with the same number share one mask tensor in this call, so it is read once.
+    names: module paths. strict: raise instead of running dense after an error.
+
+    Found by the ops:
+    measured: [errors,2,B,H] float32 on the device: the error of a sparse call, then those of what was tried.
+    audited: the same over all rows.
+    counters: fallbacks by reason. totals: computed areas; None where they are not added up, since the
+        replays of a CUDA graph would not be counted.
+
+    Kept for later calls:
+    carried: what clustering left for this layer and guidance branch: k-means its centroids of queries and
+        keys, to go on from; splits their orders, to be used again.
+    seen_keys: by mask number, how many keys a mask shows if it shows the first ones, and as many in each
+        batch element; else None.
+    fixed: what depends on shapes alone (`remember`). warned: kinds of errors that were warned of.
+    Several calls may share carried, fixed, counters, totals, warned and names.
     """
 
     dense: dict[int, str] = field(default_factory=dict)
@@ -86,28 +90,31 @@ class RunContext:
     split_heads: dict[int, tuple[bool, ...]] = field(default_factory=dict)
     first_order: dict[int, tuple[bool, ...]] = field(default_factory=dict)
     measure: dict[int, Measure] = field(default_factory=dict)
-    measured: dict[int, Tensor] = field(default_factory=dict)
     audit: bool = False
-    audited: dict[int, Tensor] = field(default_factory=dict)
     grid: tuple[int, int, int] | None = None
-    carried: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    fixed: dict[Hashable, Any] = field(default_factory=dict)
     mask_ids: dict[int, int] = field(default_factory=dict)
-    seen_keys: dict[int, int | None] = field(default_factory=dict)
-    counters: Counter[str] = field(default_factory=Counter)
-    totals: dict[int, SiteTotals] | None = field(default_factory=dict)
-    warned: set[str] = field(default_factory=set)
     names: dict[int, str] = field(default_factory=dict)
     strict: bool = False
 
+    measured: dict[int, Tensor] = field(default_factory=dict)
+    audited: dict[int, Tensor] = field(default_factory=dict)
+    counters: Counter[str] = field(default_factory=Counter)
+    totals: dict[int, SiteTotals] | None = field(default_factory=dict)
+
+    carried: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    seen_keys: dict[int, int | None] = field(default_factory=dict)
+    fixed: dict[Hashable, Any] = field(default_factory=dict)
+    warned: set[str] = field(default_factory=set)
+
     def name_of(self, site: int) -> str:
-        """The site for people."""
+        """How messages name the site."""
         return f"attention site {site}" + (f" ({self.names[site]})" if self.names.get(site) else "")
 
     def remember(self, device: torch.device, key: Hashable, make: Callable[[], _T]) -> _T:
-        """make(), or what it gave when it was last called under this key.
+        """make(), or what it returned when it was last called for this key.
 
-        Tensors stay with the stream that made them; what is made while a CUDA graph records belongs to it.
+        Tensors stay with the stream that made them. What is made while a CUDA graph is recorded belongs to the
+        graph, and is not kept.
         """
         if device.type == "cuda":
             if torch.cuda.is_current_stream_capturing():
@@ -131,7 +138,7 @@ def current() -> RunContext:
 
 
 def inside() -> bool:
-    """Whether this thread runs inside a call, so that its ops can tell each other something."""
+    """Whether this thread runs inside a call."""
     return getattr(_thread, "call", None) is not None
 
 

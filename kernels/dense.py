@@ -18,17 +18,17 @@ def like_output(query: Tensor) -> Tensor:
 def dense_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, scale: float | None
 ) -> Tensor:
-    """softmax(query key^T * scale + mask) value, by the call that the model itself made."""
+    """softmax(scale query key^T + mask) value, by the call that the model itself made."""
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, scale=scale)
     _, H, L, D = query.shape
-    # Some of its implementations answer in the layout of the query.
+    # Some implementations return the layout of the query.
     return out if out.stride() == (H * L * D, D, H * D, 1) else like_output(query).copy_(out)
 
 
 def _seen_keys(attn_mask: Tensor, site: int) -> int | None:
-    """How many keys a mask shows, if these are the first ones, as many in each batch element; else None.
+    """How many keys a mask shows if it shows the first ones, and as many in each batch element; else None.
 
-    Read once per mask and call, or less: seen_keys.py knows some masks from calls before.
+    A mask is read once a call at most: svg_ear_compile/runtime/key_padding.py knows masks from earlier calls.
     """
     call = context.current()
     number = call.mask_ids.get(site, site)
@@ -40,7 +40,7 @@ def _seen_keys(attn_mask: Tensor, site: int) -> int | None:
 
 
 def read_seen_keys(attn_mask: Tensor) -> int | None:
-    """Reads one number from the device, and so waits for it."""
+    """The same, read from the device. Waits for it."""
     shown = attn_mask[:, 0, 0, :]
     counts = shown.sum(-1, keepdim=True)
     is_first = shown == (torch.arange(shown.shape[-1], device=shown.device) < counts[:1])
@@ -57,8 +57,8 @@ def drop_noop_mask(attn_mask: Tensor | None, site: int) -> Tensor | None:
 def dense_keys(
     key: Tensor, value: Tensor, attn_mask: Tensor | None, site: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """key, value and mask for dense attention: no mask where the first keys are all there is to see, since
-    kernels without a mask are faster."""
+    """key, value and mask for dense attention. Where the mask shows just the first keys, the others are cut off
+    instead, because kernels without a mask are faster."""
     seen = None if attn_mask is None else _seen_keys(attn_mask, site)
     if seen is None:
         return key, value, attn_mask

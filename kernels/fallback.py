@@ -1,6 +1,6 @@
-"""Does an op of a site run dense: since the host says so or is gone, its call is too small, or it fails?
+"""Does an op run dense? Because the host says so or is gone, the call is too small, or the op failed.
 
-A failure warns once and counts; strict raises.
+A failure is counted, and warned of once. With strict it raises.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _T = TypeVar("_T")
 
 
 def is_dense(query: Tensor, c: SiteConstants) -> bool:
-    """Whether this call of a site is dense. If for its size, the context gets the reason."""
+    """Whether this call of a site is dense. If it is too small, the context gets the reason."""
     if c.host and not context.inside():
         _warn_of_no_host()
         return True
@@ -35,12 +35,12 @@ def is_dense(query: Tensor, c: SiteConstants) -> bool:
 def sparse_or_dense(
     query: Tensor, c: SiteConstants, sparse: Callable[[], _T], dense: Callable[[], _T], alone: bool = True
 ) -> _T:
-    """sparse(), or dense() where this call wants it or sparse() fails.
+    """sparse(), or dense() if the call is dense or sparse() fails.
 
     A site that failed is dense for the rest of the call, and counted. Each kind of error is warned of once.
-    alone: dense() is right whatever the other ops of the site do; otherwise, outside of any call's context,
-    where they would not hear of it, the error is raised. Autocast is switched off: the fakes promise the
-    query's dtype, and what is float32 here must stay float32.
+    alone: dense() is right whatever the other ops of the site do. If it is not, and there is no context to
+    tell the others, the error is raised. Autocast is off in here: the fakes promise the dtype of the query, and
+    float32 must stay float32.
     """
     call = context.current()
     with torch.autocast(query.device.type, enabled=False):

@@ -1,16 +1,16 @@
 """The four ops that a rewritten graph calls.
 
-A site is three calls, so that a reader of the graph sees what happens:
+A site can be three calls, so that a reader of the graph sees what happens:
 
     plan = svg_ear::clustered_permute(query, key, value, ...)       cluster, permute, probe, route
     out, lse = svg_ear::sparse_exact(query, ..., plan)              the kept blocks, exactly
     out = svg_ear::centroid_compensation(query, out, lse, plan)     the skipped blocks, by their centroids
 
-or, merged (the default), one: svg_ear::attention. All of them ask the context of the running call whether
-their site is dense at this step; then attention is what the model asked for, scaled_dot_product_attention.
+or one, by default: svg_ear::attention. Each op asks the context of the running call whether its site is dense
+at this step. If it is, the op computes what the model asked for: scaled_dot_product_attention.
 
-Layout of every query, key, value and output: [B, H, L, D]. Outputs are [B, L, H, D] in memory, because
-every model goes on with out.transpose(1, 2).flatten(2).
+Every query, key, value and output is [B, H, L, D]. Outputs are [B, L, H, D] in memory, because every model
+goes on with out.transpose(1, 2).flatten(2).
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from .fallback import is_dense, sparse_or_dense
 from .measuring.calls import measure_call, measure_dense, try_forms
 from .plan import SparsePlan, empty_plan
 
-# Decisions and carried centroids are read in Python at every call: a CUDA graph must not record one call's
-# choice, so graphs are cut around the ops. Strides: the kernels read any, so Inductor has only to keep their
-# order, and need not copy what it laid out differently from eager (exact strides are a custom op's default).
+# Decisions and carried centroids are read in Python at every call. A CUDA graph must not record one call's choice, so
+# graphs are cut around the ops. The kernels read any strides, so Inductor has to keep only their order. (By default a
+# custom op gets exactly eager's strides, which would cost copies.)
 _TAGS = (torch.Tag.cudagraph_unsafe, torch.Tag.needs_fixed_stride_order)
 
 _QKV = "Tensor query, Tensor key, Tensor value, Tensor? attn_mask"
@@ -54,7 +54,7 @@ def _unpack(plan_and_constants: tuple[Any, ...]) -> tuple[SparsePlan, SiteConsta
 
 
 def _checked(out: Tensor, query: Tensor) -> Tensor:
-    """A kernel's output, if it is what the fakes promise: whatever comes after it relies on that."""
+    """The output of a kernel. Raises if it is not what the fakes promise: Inductor relies on that."""
     _, H, L, D = query.shape
     if (out.shape, out.stride(), out.dtype) != (query.shape, (H * L * D, D, H * D, 1), query.dtype):
         raise RuntimeError(f"a kernel returned {out.dtype} {[*out.shape]} for {query.dtype} {[*query.shape]}")
@@ -70,12 +70,12 @@ def _checked(out: Tensor, query: Tensor) -> Tensor:
 def clustered_permute(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, *constants: Any
 ) -> SparsePlan:
-    """The plan of one call (kernels/plan.py). In a dense call its tensors are uninitialised and unused."""
+    """The plan of one call (kernels/plan.py). In a dense call its tensors are uninitialised, and unused."""
     c = SiteConstants(*constants)
 
     def sparse() -> SparsePlan:
         plan = planning.make_plan(query, key, value, drop_noop_mask(attn_mask, c.site), c)
-        # What the call remembers stays its own: whoever gets the plan may reuse its memory.
+        # Clones of what the context remembers: Inductor may reuse the memory of the plan.
         shared = ("query_order", "query_offsets", "key_order", "key_offsets")
         return plan._replace(**{name: getattr(plan, name).clone() for name in shared})
 

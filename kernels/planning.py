@@ -1,7 +1,6 @@
 """How is the plan of one call made? Tokens are put into blocks, blocks are probed, and a budget is spent.
 
-The three steps are apart because only the last depends on the density: a trial of several densities shares
-the others.
+Only the last of the three steps depends on the density, so a trial of several densities shares the others.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ class Arranged(NamedTuple):
 def make_plan(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, c: SiteConstants
 ) -> SparsePlan:
-    """The plan of one call; its density, and what clustering carries over, lie in the call's context.
+    """The plan of one call. Its density, and what clustering kept from earlier calls, come from the context.
 
     attn_mask: [B or 1, 1, 1, L] bool, True where a key may be seen, or None.
     """

@@ -19,8 +19,8 @@ def covariances(
     """C_j = 1/n_j sum_{t in j} (k_t - kc_j) (v_t - vc_j)^T of each key block: [B,heads,columns,D,D].
 
     key, value [B,H,L,D] in block order, offsets [B,H,Ck+1], centroids [B,H,Ck,D], heads [n]: which of the H.
-    0 for an empty block, behind the last one (columns >= Ck), and where an entry is not finite: nothing may
-    come of a block with weight 0, and 0 x infinity would. float32 here; of the key's dtype on a GPU.
+    0 for an empty block, after the last one (columns >= Ck), and where an entry is not finite: a block of weight
+    0 must add nothing, and 0 x infinity would. float32 here; the key's dtype on a GPU.
     """
     B, _, _, D = key.shape
     found = key.new_zeros((B, len(heads), columns, D, D), dtype=torch.float32)
@@ -43,8 +43,8 @@ def weights(
 ) -> Tensor:
     """scale softmax_j(scale q_i.kc_j + bias_ij): [B,heads,m,columns], float32 here, of the keys' dtype on a GPU.
 
-    queries [B,H,m,D], bias [B,H,m,Ck] float32, key_centroids [B,H,Ck,D], heads [n]: which of the H. 0 behind
-    the last block, and in rows where nothing is skipped or anything is not finite.
+    queries [B,H,m,D], bias [B,H,m,Ck] float32, key_centroids [B,H,Ck,D], heads [n]: which of the H. 0 after the
+    last block, and in rows where nothing is skipped or anything is not finite.
     """
     q, k = (x[:, heads].float() for x in (queries, key_centroids))
     shares = torch.softmax(scale * q @ k.mT + bias[:, heads], dim=-1).nan_to_num_(0)

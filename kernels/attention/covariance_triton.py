@@ -100,7 +100,7 @@ def _logits(
     q, key_centroids, bias, row, i, at, d, scale, Cq, Ck,
     HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Of COLUMNS key blocks from `at` on; -inf behind the last."""
+    """Of COLUMNS key blocks from `at` on; -inf after the last."""
     j = at + tl.arange(0, COLUMNS)
     k = tl.load(
         key_centroids + (row * Ck + j[:, None]) * HEAD_DIM + d[None, :],
@@ -122,7 +122,7 @@ def covariances(
     heads: Tensor,
     columns: int,
 ) -> Tensor:
-    """[B,heads,columns,D,D] of the key's dtype, 0 behind the last block; key and value contiguous."""
+    """[B,heads,columns,D,D] of the key's dtype, 0 after the last block; key and value contiguous."""
     B, H, L, D = key.shape
     Ck, options = offsets.shape[-1] - 1, meta(D, key.dtype)
     out = key.new_empty((B, len(heads), columns, D, D))

@@ -63,7 +63,7 @@ def matrices(plan: SparsePlan, scale: float, heads: Tensor) -> Tensor:
 def linear(query: Tensor, blocks: Tensor, plans: Sequence[SparsePlan], scale: float) -> list[Tensor]:
     """M_i^T q of few queries [B,H,n,D] in the query blocks i [B,H,n] int64, of every head: float32.
 
-    One for each of the plans, which are alike but for what their routing chose: the C_j are made once.
+    One for each of the plans, which differ only in what their routing chose: the C_j are made once.
     """
     B, H, n, D = query.shape
     # Each query as a block of its own: most blocks have none.

@@ -8,7 +8,7 @@ FlashAttention-3 (arXiv 2407.08608) without the strict turns of its two groups:
   up to 64, or 128 centroids) by the tensor memory accelerator into rings in shared memory; two groups of four
   warps compute 64 queries each. Barriers in shared memory hand the rings' stages to and fro.
 - The softmax of a tile starts while the product of the tile before with its values still runs, and it hides
-  behind the other group's matrix products.
+  hidden by the other group's matrix products.
 - Centroids come first: there always are some, so that the kept blocks need no special first step.
 - First-order terms (kernels/attention/first_order.py) are one more tile in the ring of values: a query block's matrix.
 - A bias costs no addition: divided by the scale it is what the matrix product of the logits adds to. A tile
@@ -53,7 +53,7 @@ _TILE = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwid
 
 @gluon.jit
 def _pair(kept, at, count):
-    """Entries at and at + 1 of a list of kept blocks; behind its end the last one, in an empty list 0."""
+    """Entries at and at + 1 of a list of kept blocks; after its end the last one, in an empty list 0."""
     last = gl.maximum(count - 1, 0)
     first = gl.load(kept + gl.minimum(at, last), mask=count > 0, other=0)
     second = gl.load(kept + gl.minimum(at + 1, last), mask=count > 0, other=0)
@@ -117,7 +117,7 @@ def _load(sources, head, kept, key_offsets, count, Ck, key_ring, value_ring, ter
 
 @gluon.jit
 def _centroid_bias(bias, at, Ck, unscale):
-    """[_STEP] in _LINE: what to add to the products of queries and centroids; behind the last one -inf."""
+    """[_STEP] in _LINE: what to add to the products of queries and centroids; after the last one -inf."""
     c = at + gl.arange(0, _STEP, _LINE)
     return gl.load(bias + c, mask=c < Ck, other=float("-inf")) * unscale
 

@@ -1,9 +1,9 @@
 """Which tokens lie together in one block? Permutations of tokens into query and key blocks.
 
-Two families (docs/DESIGN.md): equal tiles of `block` tokens (orders "cubes" and "splits"), and clusters of
-any size, empty ones included ("kmeans"). Slots hold the video tokens first, then the text tokens in their
-own order, then the masked ones. Every shape follows from the lengths, nothing is read back from the device,
-and no operation is atomic: the same input gives the same bits.
+There are two families (docs/DESIGN.md): equal tiles of `block` tokens (orders "cubes" and "splits"), and clusters
+of any size, which may be empty ("kmeans"). Slots hold the video tokens first, then the text tokens in their own
+order, then the masked tokens. Every shape follows from the lengths, nothing is read back from the device, and no
+operation is atomic: the same input gives the same bits.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def make_blocks(
     remember: Remember | None = None,
     places: Places | None = None,
 ) -> tuple[Blocks, Tensor | None]:
-    """Puts the tokens of x [B,H,L,D] into counts = (video, text) blocks; text blocks come last.
+    """Puts the tokens of x [B,H,L,D] into counts = (video, text) blocks. Text blocks come last.
 
     valid: [B,L] bool, False for masked tokens, which belong to no block; None when there are none.
     block: tokens of an equal tile; text is cut into tiles in every order. carried: what the last call
@@ -135,7 +135,7 @@ def _of_heads(x: Tensor, B: int, H: int) -> Tensor:
 
 
 def _masked_last(tokens: Tensor, valid: Tensor) -> Tensor:
-    """slot -> token [B or 1, H or 1, L], masked tokens behind all others, both in the order that they had."""
+    """slot -> token [B or 1, H or 1, L]: masked tokens after all others, each group in the order that it had."""
     tokens = tokens.expand(len(valid), -1, -1)
     seen = valid[:, None].expand(tokens.shape).gather(-1, tokens)
     through = seen.cumsum(-1)

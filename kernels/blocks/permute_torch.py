@@ -37,7 +37,7 @@ def block_means(x: Tensor, offsets: Tensor) -> Tensor:
 def gather_with_means(
     key: Tensor, value: Tensor, order: Tensor, offsets: Tensor, masked: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(key, value) in block order, then their block means. masked: are there slots behind the last block?"""
+    """(key, value) in block order, then their block means. masked: are there slots after the last block?"""
     gathered = [gather(x, order, offsets if masked else None) for x in (key, value)]
     return gathered[0], gathered[1], block_means(gathered[0], offsets), block_means(gathered[1], offsets)
 

@@ -4,7 +4,7 @@
     means[b,h,j]  = mean of the rows of block j, 0 for an empty one
 
 x [B,H,L,D] of any strides with D contiguous; order [B,H,L], offsets [B,H,C+1] int32; out [B,H,L,D]
-contiguous; means [B,H,C,D] of x's dtype, rounded once. One program a block (and one for the slots behind the
+contiguous; means [B,H,C,D] of x's dtype, rounded once. One program a block (and one for the slots after the
 last), rows in tiles of 64; float32 sums in a fixed order, no atomics: the same bits every time; NaN stays in
 its block. Programs of all heads of a block follow each other: together they read whole tokens, as they
 lie in memory. Bound by memory: one read and one write. Equals permute.gather and permute.block_means.

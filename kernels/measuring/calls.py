@@ -22,11 +22,11 @@ def measure_call(
     query: Tensor, keys: Callable[[], tuple[Tensor, Tensor, Tensor | None]], out: Tensor, query_order: Tensor,
     c: SiteConstants, trial: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> None:  # fmt: skip
-    """Measures the error of a sparse call's output, on a sample and on all rows, where the host asked for it.
+    """Measures the error of a sparse call's output, on a sample and on all rows, if the host asked for it.
 
-    query_order: of its plan, whose rest need not be kept. keys: makes key and value, in any order, and which
-    of them there are (None: all). trial: `try_forms` with what it needs besides tokens and exact rows; where
-    the host asked for it, its sums follow the error.
+    query_order: of the plan, the rest of which may be gone. keys: makes key and value, in any order, and their
+    mask (None: all are seen). trial: `try_forms` with all it needs but tokens and exact rows; if the host
+    asked for a trial, its sums follow the error.
     """
     if capture.is_recorded(query):
         return
@@ -51,7 +51,7 @@ def measure_call(
 
 
 def measure_dense(out: Tensor, c: SiteConstants, trial: Callable[[Tensor, Tensor], Tensor]) -> None:
-    """In a dense call: measures what sparse ones would have lost, if the host asked for it."""
+    """In a dense call: measures what sparse calls would have lost, if the host asked for it."""
     request = context.current().measure.get(c.site)
     if request is not None and request.densities and not capture.is_recorded(out):
 
@@ -66,8 +66,8 @@ def try_forms(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, c: SiteConstants,
     tokens: Tensor, exact: Tensor,
 ) -> Tensor:  # fmt: skip
-    """What plans of the orders and densities that the host asked for would lose at tokens [B,H,n], whose
-    exact attention is `exact` [B,H,n,D].
+    """What plans of the orders and densities that the host asked for would lose at the queries tokens [B,H,n],
+    whose exact attention is `exact` [B,H,n,D].
 
     [orders * densities * forms,2,B,H] float32: forms are 1, or 2, without and with first-order terms.
     """
@@ -91,7 +91,7 @@ def try_forms(
 
 
 def _lay(place: dict[int, Tensor], c: SiteConstants, sums: Callable[[], Tensor]) -> None:
-    """Lays sums() there. If that fails there is no measurement: the output is right all the same."""
+    """Puts sums() there. If it fails there is no measurement; the output is right all the same."""
     call = context.current()
     try:
         place[c.site] = sums()

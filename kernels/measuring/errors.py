@@ -59,7 +59,7 @@ def exact_rows(query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, s
 
     They are one block of queries a head: of all kernels FlashAttention-2 alone then cuts the keys into parts,
     so that more than H multiprocessors have work (75,600 keys, 8 heads, H200: 0.13 ms instead of 1.06).
-    Where it merges them it writes log-sum-exps by the 16, also behind their end (memcheck, torch 2.11).
+    Where it merges them it writes log-sum-exps 16 at a time, also past their end (memcheck, torch 2.11).
     """
     choice = torch.backends.cuda.SDPAParams(query, key, value, seen, 0.0, False, False)
     whole = query.shape[-1] % 8 == 0 and query[..., 0].numel() % 16 == 0
@@ -104,7 +104,7 @@ def planned_errors(
     scale: float,
     terms: bool = False,
 ) -> Tensor:
-    """(lost, whole) if these plans were used, which are alike but for what their routing chose.
+    """(lost, whole) if these plans were used, which differ only in what their routing chose.
 
     [plans * forms,2,B,H] float32: one form, or two with terms, the second with first-order terms. exact
     [B,H,n,D]: exact attention at tokens [B,H,n].

@@ -2,7 +2,7 @@
 
 One program takes ROWS queries of a head, each of a block of its own, so it walks over all key blocks, in
 tiles of KEYS keys that end where their block ends, and then over all centroids: one online softmax, in units
-of log 2. A query's logits are -inf in blocks that it does not keep. Keys behind the last block are not read.
+of log 2. A query's logits are -inf in blocks that it does not keep. Keys after the last block are not read.
 Accumulators and results float32; a fixed order of sums; nothing is read back.
 """
 

@@ -27,7 +27,7 @@ def kmeans(
     """Clusters x [B,H,N,D]: (order [B,H,N], offsets [B,H,clusters+1], centroids [B,H,clusters,D] float32).
 
     Order and offsets are int64. Tokens that are not valid ([B,N] bool) take no part and come last in the
-    order, behind the last offset. Carried centroids of another shape or device are dropped.
+    order, after the last offset. Carried centroids of another shape or device are dropped.
     """
     B, H, N, D = x.shape
     shape = (B, H, clusters, D)

@@ -17,7 +17,7 @@ class Scores(NamedTuple):
     """Per query block and key block, [B,H,Cq,Ck] float32, -inf for an empty key block.
 
     error: log of the estimated squared error of leaving the block to its centroid, per exactly computed key
-    (its scale is the routing's business). mass: log n_j + s(qc_i, kc_j). gap: the Jensen gap
+    (on a scale that only the routing needs). mass: log n_j + s(qc_i, kc_j). gap: the Jensen gap
     LSE_t s(qc_i, k_t) - log n_j - s(qc_i, kc_j) >= 0. With routing "mass" the error is the mass, the gap 0.
     """
 

@@ -211,7 +211,7 @@ def lists_kernel(
         tl.store(bias + out + j[None, :], b, mask=inside)
         ones = keep.to(tl.int32)
         slot = listed[:, None] + tl.cumsum(ones, 1) - ones
-        # The others go behind the list, backwards: every place holds a block.
+        # The others go after the list, backwards, so that every place holds a block.
         slot = tl.where(keep, slot, Ck - 1 - (j[None, :] - slot))
         tl.store(blocks + out + slot, tl.zeros([ROWS, COLUMNS], tl.int32) + j[None, :], mask=inside)
         listed += tl.sum(ones, 1)
