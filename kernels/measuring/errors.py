@@ -24,9 +24,9 @@ from ..plan import SparsePlan
 ROWS = 64
 """Rows of each head. Fewer cost the same on a GPU, where reading all keys and values is what takes time."""
 CALL_ROWS, SHARE = 2048, 1 / 64
-"""Few heads have more, so many in all, but no more than a share of their rows: much of an error may lie in
-few rows, and what is steered by is the error of the call. With 64 rows of two heads one measurement in a
-hundred was half the true error or less, one in twenty 27% too low (three tiny models)."""
+"""With few heads each has more rows: this many in all, but at most this share of a head's rows. Much of an error may
+lie in few rows, and what steers the density is the error of the whole call. With 64 rows of two heads one measurement
+in a hundred was half the true error or less, one in twenty 27% too low (three tiny models)."""
 TRIAL_TIMES = 4
 """So many times as many rows for what a call tries, twice in a generation: there each head counts for itself.
 The logarithm of the ratio of a head's errors in two orders has, on the tiny Wan, a standard deviation of 0.09
