@@ -28,7 +28,7 @@ CALL_ROWS, SHARE = 2048, 1 / 64
 lie in few rows, and what steers the density is the error of the whole call. With 64 rows of two heads one measurement
 in a hundred was half the true error or less, one in twenty 27% too low (three tiny models)."""
 TRIAL_TIMES = 4
-"""So many times as many rows for what a call tries, twice in a generation: there each head counts for itself.
+"""A trial has this many times as many rows, because there each head counts for itself.
 The logarithm of the ratio of a head's errors in two orders has, on the tiny Wan, a standard deviation of 0.09
 to 0.57 with 64 rows, and of 0.04 to 0.34 with 256."""
 
