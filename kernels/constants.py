@@ -7,6 +7,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+OWN_CALL = -1
+"""The site number of a call that belongs to no rewritten graph: it shares nothing with the calls around it."""
+
 
 class SiteConstants(NamedTuple):
     """The trailing arguments of a site's ops.

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import capture, context
+from .constants import OWN_CALL
 
 
 def like_output(query: Tensor) -> Tensor:
@@ -34,6 +35,8 @@ def _seen_keys(attn_mask: Tensor, site: int) -> int | None:
     number = call.mask_ids.get(site, site)
     if capture.is_recorded(attn_mask):  # a replay's mask may be another one
         return None
+    if site == OWN_CALL:
+        return read_seen_keys(attn_mask)
     if number not in call.seen_keys:
         call.seen_keys[number] = read_seen_keys(attn_mask)
     return call.seen_keys[number]

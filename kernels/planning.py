@@ -14,7 +14,7 @@ from . import capture, context
 from .blocks import cluster
 from .blocks.cluster import Blocks
 from .blocks.places import of_shards
-from .constants import SiteConstants
+from .constants import OWN_CALL, SiteConstants
 from .dispatch import kernels_for
 from .plan import KEY_BLOCK, QUERY_BLOCK, SparsePlan, block_counts
 
@@ -59,8 +59,8 @@ def arrange(
     grid = tuple(c.grid) or call.grid
     if grid is not None and math.prod(grid) != L - c.num_text:
         grid = None
-    recorded = capture.is_recorded(query)
-    carried = (None, None) if recorded else call.carried.get(c.site, (None, None))
+    alone = capture.is_recorded(query) or c.site == OWN_CALL
+    carried = (None, None) if alone else call.carried.get(c.site, (None, None))
     split_heads = call.split_heads.get(c.site, ())
     places = None
     if c.shards > 1 and c.num_text > 0:
@@ -69,7 +69,7 @@ def arrange(
     how = (c.num_text, c.text_first, c.order, grid, c.seed, split_heads, call.remember, places)
     queries, query_state = cluster.make_blocks(query, None, of_queries, QUERY_BLOCK, carried[0], *how)
     keys, key_state = cluster.make_blocks(key, valid, of_keys, KEY_BLOCK, carried[1], *how)
-    if query_state is not None and key_state is not None and not recorded:
+    if query_state is not None and key_state is not None and not alone:
         call.carried[c.site] = (query_state, key_state)
 
     permute = kernels_for(query).permute

@@ -15,16 +15,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .backend import svg_ear
     from .exceptions import SettingsError
+    from .functional import attention
     from .reporting import Report, report
     from .runtime.step_clock import generation
     from .settings import Settings
 
-__all__ = ["Report", "Settings", "SettingsError", "generation", "report", "svg_ear"]
+__all__ = ["Report", "Settings", "SettingsError", "attention", "generation", "report", "svg_ear"]
 
 _HOMES = {
     "Report": "reporting",
     "Settings": "settings",
     "SettingsError": "exceptions",
+    "attention": "functional",
     "generation": "runtime.step_clock",
     "report": "reporting",
     "svg_ear": "backend",
