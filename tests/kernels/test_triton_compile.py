@@ -63,6 +63,11 @@ NUMBERS = ("H", "L", "N", "C", "Cq", "Ck", "tiles", "runs", "video_queries", "vi
 NUMBERS += ("block", "segments", "n", "columns")
 
 
+def named(value) -> str:
+    """What pytest -k knows a parameter by: (12, 0) is sm_120."""
+    return "sm_{}{}".format(*value) if isinstance(value, tuple) else str(value)
+
+
 def compiled(kernel, capability, dtype, options, types=None, absent=(), source=None, box=None):
     """The kernel as its launch would compile it, for tensors aligned to 16 bytes and uneven strides.
 
@@ -135,7 +140,7 @@ def _own_cache(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("capability", "head_dim", "dtype", "variable", "streams"), list(cases()), ids=str)
+@pytest.mark.parametrize(("capability", "head_dim", "dtype", "variable", "streams"), list(cases()), ids=named)
 def test_configuration(tmp_path, capability, head_dim, dtype, variable, streams):
     kernel = compiled_attention(capability, head_dim, dtype, variable, streams)
     # Behind the loops the matrix comes on top of a full house of registers: a few of them wait in memory.
@@ -161,7 +166,7 @@ def check(kernel, tmp_path, capability, dtype, stack=0):
 @pytest.mark.slow
 @pytest.mark.parametrize("one_tile", [True, False], ids=["tiles", "clusters"])
 @pytest.mark.parametrize("routing", ["output_error", "svg_ear"])
-@pytest.mark.parametrize("capability", SMALL_KERNELS_ON, ids=str)
+@pytest.mark.parametrize("capability", SMALL_KERNELS_ON, ids=named)
 def test_probe(tmp_path, capability, routing, one_tile):
     for head_dim in (16, 64, 96, 128, 192, 256) if EVERYTHING else (128,):
         for dtype in NAMES if EVERYTHING else (torch.bfloat16,):
@@ -178,7 +183,7 @@ def test_probe(tmp_path, capability, routing, one_tile):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", SMALL_KERNELS_ON, ids=str)
+@pytest.mark.parametrize("capability", SMALL_KERNELS_ON, ids=named)
 def test_gather(tmp_path, capability):
     for pair in (True, False):
         options, absent = triton_permute.meta(128, pair), () if pair else ("y", "x_out", "y_out", "y_means")
@@ -187,7 +192,7 @@ def test_gather(tmp_path, capability):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", SMALL_KERNELS_ON, ids=str)
+@pytest.mark.parametrize("capability", SMALL_KERNELS_ON, ids=named)
 def test_covariance(tmp_path, capability):
     for head_dim in (16, 64, 96, 128, 192, 256) if EVERYTHING else (128,):
         for dtype in NAMES if EVERYTHING else (torch.bfloat16,):
@@ -203,7 +208,7 @@ def test_covariance(tmp_path, capability):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", SMALL_KERNELS_ON, ids=str)
+@pytest.mark.parametrize("capability", SMALL_KERNELS_ON, ids=named)
 def test_rows(tmp_path, capability):
     for head_dim in (16, 64, 96, 128, 192, 256) if EVERYTHING else (128,):
         for dtype in NAMES if EVERYTHING else (torch.bfloat16,):
@@ -214,7 +219,7 @@ def test_rows(tmp_path, capability):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", SMALL_KERNELS_ON, ids=str)
+@pytest.mark.parametrize("capability", SMALL_KERNELS_ON, ids=named)
 def test_splits(tmp_path, capability):
     for head_dim in (64, 96, 128) if EVERYTHING else (128,):  # directions of larger ones spill: not fast
         for dtype in NAMES if EVERYTHING else (torch.bfloat16,):
@@ -235,7 +240,7 @@ def test_splits(tmp_path, capability):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", SMALL_KERNELS_ON, ids=str)
+@pytest.mark.parametrize("capability", SMALL_KERNELS_ON, ids=named)
 def test_kmeans(tmp_path, capability):
     for head_dim in (64, 96, 128, 256) if EVERYTHING else (128,):
         for dtype in NAMES if EVERYTHING else (torch.bfloat16,):
@@ -255,7 +260,7 @@ HOPPER = [(head_dim, dtype, terms) for head_dim in (64, 128) for dtype in HALVES
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("head_dim", "dtype", "terms"), HOPPER if EVERYTHING else [HOPPER[i] for i in (1, 2, 4, 5)], ids=str
+    ("head_dim", "dtype", "terms"), HOPPER if EVERYTHING else [HOPPER[i] for i in (1, 2, 4, 5)], ids=named
 )
 def test_hopper(tmp_path, head_dim, dtype, terms):
     if why_not := why_not_hopper((9, 0), dtype, head_dim, False, triton.__version__):
@@ -275,7 +280,7 @@ def test_hopper(tmp_path, head_dim, dtype, terms):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", SMALL_KERNELS_ON, ids=str)
+@pytest.mark.parametrize("capability", SMALL_KERNELS_ON, ids=named)
 def test_routing(tmp_path, capability):
     kernels = [(triton_route.shift_kernel, triton_route.shift_meta(True), ())]
     kernels += [(triton_route.digits_kernel, triton_route.digits_meta(number), ()) for number in range(5)]

@@ -1,6 +1,7 @@
 """What the passes say of every model, kept in verdicts.txt; docs/MODELS.md is written from it.
 
-    python tests/models/golden.py          writes both anew (about two minutes)
+    python tests/models/golden.py              writes both anew (four minutes)
+    python tests/models/golden.py wan ltx      looks at these models only, the others' sections stay
 
 min_tokens is 1, so what stays dense does so for what it is. A section per model and way of compiling, with
 the number of graphs; a line per kind of site: path, self or joint or cross, REASON, text, grid | mask. Sites
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -67,18 +69,21 @@ def read() -> dict[tuple[str, str], list[str]]:
     return sections
 
 
-def write() -> None:
-    blocks = []
-    for builder in BUILDERS:
-        for way in ways(builder.__name__):
-            graphs, *rows = verdicts(builder.__name__, way)
-            blocks.append("\n".join([f"[{builder.__name__} {way} {graphs}]", *rows]))
-            print(blocks[-1], flush=True)
+def write(names: Collection[str]) -> None:
+    """Looks at these models, or if there are none at all of them."""
+    blocks, known = [], read()
+    for name in (builder.__name__ for builder in BUILDERS):
+        for way in ways(name):
+            stays = names and name not in names and (name, way) in known
+            graphs, *rows = known[name, way] if stays else verdicts(name, way)
+            blocks.append("\n".join([f"[{name} {way} {graphs}]", *rows]))
+            if not stays:
+                print(blocks[-1], flush=True)
     FILE.write_text("\n\n".join(blocks) + "\n")
 
 
 if __name__ == "__main__":
     from models.matrix import PAGE, page
 
-    write()
+    write(sys.argv[1:])
     PAGE.write_text(page())
