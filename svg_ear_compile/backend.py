@@ -21,6 +21,7 @@ from . import compat, other_backends
 from .exceptions import PassError
 from .kernels.attention.choice import attention_kernel
 from .passes.classify import classify
+from .passes.graph_break_hint import graph_breaks
 from .passes.inputs import mask_arguments, read_inputs
 from .passes.layout import grid_reader
 from .passes.match import in_words, match
@@ -118,6 +119,8 @@ def _apply_passes(
         record.other_attention = in_words(found.others)
         if found.outside and not records.has_attention_alone():
             record.other_attention.append(found.outside)
+        if not found.calls:
+            record.graph_breaks = graph_breaks()
         sites = diagnostics.timed(classify, whole, settings, example_inputs)
         saved = Reason.SAVED if compat.is_compiled_to_be_saved() else None
         instead = Reason.REPORT_ONLY if resolved.switch == "report" else saved
@@ -131,6 +134,7 @@ def _apply_passes(
             record.kernels = _kernels(chosen, settings)
             diagnostics.log_graph("before", gm)
             gm.graph = diagnostics.timed(rewrite, whole, sites, settings)
+            diagnostics.log.debug("svg_ear: graph %s: %s calls rewritten", record.number, len(chosen))
             diagnostics.log_graph("after", gm)
     except Exception as error:
         if _is_not_ours(error):

@@ -273,6 +273,21 @@ def test_nothing_refers_to_weights_after_a_call(toy: ToyVideo, toy_inputs: ToyIn
     run(*toy_inputs(999))
 
 
+def test_where_no_graph_holds_attention_the_report_names_the_graph_breaks() -> None:
+    @torch.compiler.disable
+    def attention(x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x)
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return attention(x + 1) * 2
+
+    torch.compile(model, backend="svg_ear", options={"inner": "eager"})(torch.randn(1, 1, 64, 16))
+    first, *breaks = str(svg_ear_compile.report()).splitlines()
+    assert first == "svg_ear: 2 compiled graphs, no attention in them"
+    assert len(breaks) == 1
+    assert re.search(r"graph break: .*torch.compiler.disable.* at .*test_backend.py:\d+; ", breaks[0])
+
+
 def test_counters_of_dynamo_hold_the_verdicts(toy: ToyVideo, toy_inputs: ToyInputs) -> None:
     torch._dynamo.utils.counters.clear()
     compiled(toy, EAGER)(*toy_inputs())
@@ -290,6 +305,7 @@ def test_the_log_shows_times_matches_and_graphs(
     for step in ("match", "classify", "rewrite"):
         assert re.search(rf"svg_ear: {step} took \d+\.\d ms", text)
     assert "graph 0 has 4 attention calls" in text
+    assert "graph 0: 2 calls rewritten" in text
     before, after = text.split("svg_ear: the graph after")
     assert "torch._C._nn.scaled_dot_product_attention" in before.split("svg_ear: the graph before")[1]
     assert after.count("torch.ops.svg_ear.attention.default") == 2

@@ -85,6 +85,7 @@ class GraphRecord:
     resolved: Resolved
     sites: list[SiteRecord] = field(default_factory=list)
     other_attention: list[str] = field(default_factory=list)
+    graph_breaks: list[str] = field(default_factory=list)
     failure: str | None = None
     kernels: list[str] = field(default_factory=list)
     steps: str = ""

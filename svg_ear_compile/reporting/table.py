@@ -91,6 +91,7 @@ class Report:
                     "sources": graph.resolved.sources,
                     "failure": graph.failure,
                     "other_attention": graph.other_attention,
+                    "graph_breaks": graph.graph_breaks,
                     "steps": graph.steps,
                     "kernels": graph.kernels,
                     "grid": graph.grid,
@@ -116,7 +117,8 @@ class Report:
                 else f"{len(self.graphs)} compiled graphs, no attention in them" if self.graphs
                 else "nothing compiled yet: call the model first"
             )  # fmt: skip
-            return "\n".join([first, *self._failures()])
+            breaks = dict.fromkeys(x for graph in self.graphs for x in graph.graph_breaks)
+            return "\n".join([first, *(f"graph break: {x}" for x in breaks), *self._failures()])
         return "\n".join([self._table(), *self._summary(), *self._failures(), *self._run_time()])
 
     def _table(self) -> str:
