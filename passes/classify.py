@@ -122,7 +122,7 @@ def _no_video(call: AttentionNode, evidence: Evidence, axis: Axis) -> Verdict:
     if is_factorised(axis):
         return Verdict(False, Reason.FACTORISED, f"{axis_size(axis)} tokens")
     if evidence.answer is Answer.NOT_VIDEO:
-        return Verdict(False, Reason.NOT_VIDEO, evidence.words, _advice(call, "all the same"))
+        return Verdict(False, Reason.NOT_VIDEO, evidence.words, _advice(call, "anyway"))
     return Verdict(False, Reason.NO_SIGN_OF_VIDEO, evidence.words, _advice(call, "if they are"))
 
 

@@ -19,10 +19,10 @@ class Reason(Enum):
 
     REWRITTEN = ("self attention over video tokens", "")
     CROSS = ("cross attention: queries and keys come from different tokens", "")
-    TOO_FEW_TOKENS = ("too few tokens for sparsity to pay", "lower min_tokens to rewrite it all the same")
+    TOO_FEW_TOKENS = ("too few tokens for sparsity to pay", "lower min_tokens to rewrite it anyway")
     NOT_VIDEO = (
-        "its tokens are no video",
-        "name the module in sites= to rewrite it all the same",
+        "its tokens are not video",
+        "name the module in sites= to rewrite it anyway",
     )
     NO_SIGN_OF_VIDEO = (
         "nothing in the graph says that these tokens are video",
@@ -33,7 +33,7 @@ class Reason(Enum):
     MASK_FLOAT = ("its attention mask is a float bias that nothing proves to be padding", "")
     DROPOUT = ("attention dropout is on", "call model.eval()")
     CAUSAL = ("causal attention", "")
-    GRAD = ("gradients are wanted", "call the model under torch.no_grad() or torch.inference_mode()")
+    GRAD = ("gradients are required", "call the model under torch.no_grad() or torch.inference_mode()")
     HEAD_DIM = ("head_dim is not supported", "supported: 16 to 256, the same for query, key and value")
     DTYPE = ("dtype is not supported", "supported: float32, float16 and bfloat16, one for all")
     GQA = ("grouped-query attention", "")
@@ -48,7 +48,7 @@ class Reason(Enum):
         "name the module in sites= if it is self attention over video",
     )
     AFTER_BREAK = (
-        "a graph break lies between its projections and it",
+        "a graph break separates it from its projections",
         "TORCH_LOGS=graph_breaks shows it",
     )
     FACTORISED = ("attention within single frames, or along one dimension of the video", "")
@@ -75,8 +75,8 @@ class Reason(Enum):
 class Verdict:
     """The decision about one site.
 
-    detail: what this site's own figures add to the sentence, e.g. '512 of at least 8192 tokens'.
-    advice: what to do, where that is not the same for all sites of this reason.
+    detail: the figures of this site, e.g. '512 of at least 8192 tokens'.
+    advice: what to do, if it differs between sites with this reason.
     """
 
     rewrite: bool

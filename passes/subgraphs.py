@@ -52,7 +52,7 @@ def nested_attention(gm: fx.GraphModule) -> list[tuple[str, str, fx.Node]]:
 
 def _advice(name: str) -> str:
     if name in _REGIONS:
-        return "gradients are wanted: call the model under torch.no_grad() or torch.inference_mode()"
+        return "gradients are required: call the model under torch.no_grad() or torch.inference_mode()"
     return "only attention outside of control flow operations is rewritten"
 
 

@@ -236,8 +236,8 @@ def test_blocks_compiled_one_by_one(toy: ToyVideo, toy_inputs: ToyInputs) -> Non
     assert len(report.graphs) == 1
     assert report.graphs[
         0
-    ].steps == "1 dense first steps; how many there are is unknown outside of a pipeline: " + (
-        "say so with svg_ear_compile.generation(num_steps=...), or the setting num_steps"
+    ].steps == "1 dense first steps; the number of steps is unknown outside of a pipeline: " + (
+        "set it with svg_ear_compile.generation(num_steps=...), or the setting num_steps"
     )
     assert calls() == (2, {"warm-up steps": 4, "dense layers": 2})
 

@@ -1,4 +1,4 @@
-"""Which error did each layer make at each step of its last generation, and at which density?"""
+"""What was the error of each layer at each step of its last generation, and at which density?"""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ from .records import GraphRecord
 
 @dataclass(frozen=True)
 class CallError:
-    """One attention site in one call. Errors are relative, of the output over all heads.
+    """One attention site in one call. Errors are relative errors of the output over all heads.
 
-    layer counts the attention layers of a model, branch the calls of a step (1: often the unconditional one).
-    dense: why it ran dense, "" if it did not. density: what it might spend; None: dense, or as routed. error
-    and worst_head: measured on a sample of the rows, where it was measured. true_error: over all rows, with
-    the setting `audit`. split_share, first_order_share: of the heads, those that go by splits, and that get
-    first-order terms, because they erred less so.
+    layer: the number of the attention layer in its model. branch: the number of the call in its step (1 is often the
+    unconditional one). dense: why it ran dense; "" if it did not. density: its budget; None if dense, or as routed.
+    error, worst_head: measured on sampled rows; None if not measured. true_error: over all rows, with the setting
+    `audit`. split_share, first_order_share: the share of heads that use splits, and first-order terms.
     """
 
     graph: int
@@ -40,7 +39,7 @@ class CallError:
 
 
 def call_errors(graph: GraphRecord) -> list[CallError]:
-    """In the order of layers, branches and steps. Waits for the device."""
+    """Sorted by layer, branch and step. Waits for the device."""
     target = graph.resolved.settings.target_error
     found = []
     for log in graph.last_generation():
@@ -61,9 +60,9 @@ def _share(heads: tuple[bool, ...]) -> float:
 
 
 def summary(errors: Sequence[CallError]) -> dict[str, Any]:
-    """Of the measured calls: how many, the median error and the largest.
+    """The number of measured calls, their median and largest error.
 
-    split_share, first_order_share: the means over all sparse calls.
+    split_share, first_order_share: means over all sparse calls.
     """
     measured = [e.error for e in errors if e.error is not None]
     sparse = [e for e in errors if not e.dense]
@@ -77,7 +76,7 @@ def summary(errors: Sequence[CallError]) -> dict[str, Any]:
 
 
 def table(errors: list[CallError]) -> str:
-    """A row per layer and branch, a column per step at which any was measured: density and error."""
+    """A row per layer and branch, and a column per step in which an error was measured: density and error."""
     steps = sorted({e.step for e in errors if e.error is not None})
     rows: dict[tuple[int, ...], dict[int, str]] = {}
     for e in errors:

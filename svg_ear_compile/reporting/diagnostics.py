@@ -1,4 +1,4 @@
-"""What does the user hear when a graph is compiled? A log entry, a trace artifact, a table or a warning."""
+"""What is the user told when a graph is compiled? A log entry, a trace artifact, a table or a warning."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ log = logging.getLogger("svg_ear_compile")
 """TORCH_LOGS="+svg_ear_compile" shows it."""
 
 SHORT = 1024
-"""Sequences without a sign of video that are shorter than this are nobody's video: no reason to speak."""
+"""Shorter sequences that nothing shows to be video are not worth a warning."""
 
 _T = TypeVar("_T")
 _seen: set[object] = set()
@@ -30,7 +30,7 @@ _paths: set[str] = set()
 
 
 def announce(record: GraphRecord) -> None:
-    """Tells about one compiled graph, everywhere it was asked for. A failure of ours is only counted, unless strict."""
+    """Reports one compiled graph wherever that was asked for. A failure in it is only counted, unless strict is set."""
     try:
         _announce(record)
     except Warning:
@@ -60,7 +60,7 @@ def _announce(record: GraphRecord) -> None:
     if trouble is None:
         return
     if os.environ.get("SVG_EAR"):
-        # Nobody asked for svg_ear in this very place; it may be an image model. One line, once.
+        # The user did not name svg_ear for this model, which may be an image model: one line, once.
         if _first("complaint"):
             log.warning(trouble)
     elif _first(trouble):
@@ -68,18 +68,18 @@ def _announce(record: GraphRecord) -> None:
 
 
 def not_stored() -> None:
-    """torch._dynamo.config.caching_precompile is on: a rewritten graph is left out of what it stores."""
+    """Says once that torch._dynamo.config.caching_precompile does not store rewritten graphs."""
     if _first("not stored"):
         log.warning(
             "svg_ear: caching_precompile does not store graphs with sparse attention, since they would lose what "
-            "decides each call: another process compiles them anew, with the other caches of torch"
+            "decides each call: another process compiles them again, with the help of torch's other caches"
         )
 
 
 def complaint(record: GraphRecord) -> str | None:
-    """What to tell about a graph in which nothing was rewritten, if it matters; else None.
+    """What to say about a graph in which nothing was rewritten; None if that is as it should be.
 
-    Text encoders, refiners and embeddings are compiled too: they are no reason to speak.
+    Text encoders, refiners and embeddings are compiled too, and need no warning.
     """
     if record.rewritten() or record.resolved.switch != "on" or record.failure:
         return None
@@ -106,13 +106,13 @@ def _first(key: object) -> bool:
 
 
 def _warn_of_failure(what: str, error: Exception) -> None:
-    """Once for each kind of error."""
+    """Warns once for each kind of error."""
     if _first((what, type(error))):
         warnings.warn(f"svg_ear: {what} because of {error!r}", RuntimeWarning, stacklevel=2)
 
 
 def _write(path: str, strict: bool) -> None:
-    """Writes the report on all graphs now, and once more at exit, when it holds the run's counts."""
+    """Writes the report on all graphs now, and again at exit, when it holds the counts of the run."""
     if not _paths:
         atexit.register(_write_all)
     _paths.add(path)
@@ -122,7 +122,7 @@ def _write(path: str, strict: bool) -> None:
 def _write_all(strict: bool = False) -> None:
     try:
         current = report()
-        if current.sites:  # at exit the model may be gone: what was written while it lived is better
+        if current.sites:  # at exit the model may be gone: then keep what was written before
             for path in _paths:
                 current.write(path)
     except Exception as error:
@@ -132,7 +132,7 @@ def _write_all(strict: bool = False) -> None:
 
 
 def timed(step: Callable[..., _T], *args: Any) -> _T:
-    """step(*args); its time goes to the log, for TORCH_LOGS="+svg_ear_compile"."""
+    """Runs step(*args) and logs its time, for TORCH_LOGS="+svg_ear_compile"."""
     begin = time.perf_counter()
     out = step(*args)
     log.debug("svg_ear: %s took %.1f ms", step.__name__, 1e3 * (time.perf_counter() - begin))
@@ -140,11 +140,11 @@ def timed(step: Callable[..., _T], *args: Any) -> _T:
 
 
 def log_graph(when: str, gm: fx.GraphModule) -> None:
-    """The graph as Python code goes to the log, for TORCH_LOGS="+svg_ear_compile"."""
+    """Logs the graph as Python code, for TORCH_LOGS="+svg_ear_compile"."""
     if log.isEnabledFor(logging.DEBUG):
         log.debug("svg_ear: the graph %s\n%s", when, gm.print_readable(print_output=False))
 
 
 def clear() -> None:
-    """What was said may be said again."""
+    """Forgets what was said, so that it may be said again."""
     _seen.clear()

@@ -1,6 +1,6 @@
-"""What is known about each compiled graph: decided at compile time, counted at run time, read by table.py.
+"""What is known about each compiled graph? Decisions made at compile time, and counts made at run time.
 
-A record holds plain values only (no graph, no weight) and lives as long as the compiled callable.
+A record holds only plain values (no graph, no weight) and lives as long as the compiled callable.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from ..precedence import Resolved
 from ..runtime.density import CallLog
 
 MAX_GENERATIONS = 8
-"""Of so many generations calls are logged: of those that run at once in several threads."""
+"""Calls are logged for this many generations, since several may run at once in several threads."""
 MAX_LOGS = 100_000
-"""So many calls of a graph: 60 layers, 4 branches and 400 steps."""
+"""This many calls of a graph are logged: 60 layers, 4 branches and 400 steps."""
 
 
 @dataclass(frozen=True)
 class SiteRecord:
-    """A Site without its graph nodes: numbers that were symbolic are those seen at compile time."""
+    """A Site without its graph nodes. Symbolic numbers are given as seen at compile time."""
 
     site: int
     module_path: str
@@ -62,7 +62,7 @@ class SiteRecord:
         return 4 * self.batch * self.heads * self.head_dim * self.q_hint * self.k_hint
 
     def flops_planned(self, density: float | None) -> int:
-        """Of the exact pairs: density of the video pairs, all pairs with text. None: not known, so dense."""
+        """FLOPs of the exact pairs: a share of the video pairs, and all pairs with text. None: unknown, so dense."""
         if not self.rewritten or density is None:
             return self.flops_dense
         video = (self.q_hint - self.num_text) ** 2
@@ -72,13 +72,14 @@ class SiteRecord:
 
 @dataclass(eq=False)
 class GraphRecord:
-    """One compiled graph. Threads may count in it while others read.
+    """One compiled graph. Threads may count in it while others read it.
 
-    other_attention: targets of nodes that look like attention but are no SDPA call. failure: the error that made us
-    hand the graph on untouched. kernels: which attention kernels run, and why no faster ones. steps: what the step
-    clock says now. grid: (frames, height, width) in tokens, where only the arguments of a call show it. fallbacks: at
-    run time, by reason. totals: per device and thread, the sums that the ops keep. logs: what was done in each call,
-    per generation, the last few.
+    other_attention: nodes that look like attention but do not call SDPA. graph_breaks: why Dynamo broke graphs before
+    this one, if it holds no attention. failure: the error because of which the graph was handed on untouched.
+    kernels: which attention kernels run, and why no faster ones do. steps: what the step clock says now.
+    grid: (frames, height, width) in tokens, if only the arguments of a call show it. fallbacks: at run time, by reason.
+    totals: per device and thread, the sums that the ops keep. logs: what was done in each call of the last few
+    generations.
     """
 
     number: int
@@ -101,14 +102,14 @@ class GraphRecord:
         return [site for site in self.sites if site.rewritten]
 
     def totals_on(self, device: Any) -> dict[int, SiteTotals]:
-        """Where the ops sum up in this thread on this device: no addition ever meets another device."""
+        """The sums of this thread on this device, so that no addition involves a second device."""
         with self.lock:
             return self.totals.setdefault((device, threading.get_ident()), {})
 
     def count(
         self, dense: Mapping[int, str], generation: int | None = None, logs: Sequence[CallLog] = ()
     ) -> None:
-        """One call of the graph: its dense sites by reason; all others that `logs` names ran sparse."""
+        """Counts one call of the graph: its dense sites by reason; all other sites in `logs` ran sparse."""
         with self.lock:
             for site, reason in dense.items():
                 self.dense[site][reason] += 1
@@ -125,7 +126,7 @@ class GraphRecord:
             self.fallbacks[reason] += 1
 
     def last_generation(self) -> list[CallLog]:
-        """What was done in each call of the generation that began last."""
+        """What was done in each call of the latest generation."""
         with self.lock:
             return list(self.logs[max(self.logs)]) if self.logs else []
 
@@ -150,7 +151,7 @@ _count = 0
 
 
 def new_record(resolved: Resolved) -> GraphRecord:
-    """A record that counts as alive until it is given an owner."""
+    """A new record. It counts as alive until it is given an owner."""
     global _count
     with _lock:
         record = GraphRecord(_count, resolved)
@@ -175,13 +176,15 @@ def live_records() -> list[GraphRecord]:
 
 
 def has_attention_alone() -> bool:
-    """Whether some graph is an attention module and no more, as inside of a cache's hooks: the rest of its
-    block is then a graph without attention, and misses none."""
+    """Whether some graph holds nothing but an attention module, as inside a cache's hooks.
+
+    The rest of its block is then a graph without attention, in which nothing is missing.
+    """
     return any(site.module_path == "" for record in live_records() for site in record.sites)
 
 
 def drop(record: GraphRecord) -> None:
-    """Forgets a record: of a compile that failed."""
+    """Forgets the record of a compilation that failed."""
     with _lock:
         _records[:] = [pair for pair in _records if pair[1] is not record]
 

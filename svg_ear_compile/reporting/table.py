@@ -1,4 +1,4 @@
-"""How are the decisions and counts of all compiled graphs shown? As a table and as JSON."""
+"""How are the decisions and counts of all compiled graphs shown? As a table, and as JSON."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ SCHEMA_VERSION = 3
 
 @dataclass(frozen=True)
 class SiteReport:
-    """One attention site of one graph, with what it cost.
+    """One attention site of one graph, with its cost.
 
-    planned_density: as set; None where the routing finds its own, or where target_error is set instead.
-    flops_*: of one call, planned ones as dense where the density is not known. measured_density and
-    executed_area: of the sparse calls so far (executed counts the padding of tiles); mean_density: of all
-    calls, dense ones as 1. None before the first call. dense_calls: by reason.
+    planned_density: as set; None if the routing finds its own, or if target_error is set instead.
+    flops_dense, flops_planned: of one call; planned equals dense if the density is not known.
+    measured_density, executed_area: means over the sparse calls so far; executed also counts the padding of tiles.
+    mean_density: over all calls, where a dense call counts as 1. These three are None before the first call.
+    dense_calls: the number of dense calls by reason.
     """
 
     graph: int
@@ -45,7 +46,7 @@ class SiteReport:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything since the last torch._dynamo.reset(): graphs that still exist, their sites and counts."""
+    """Everything since the last torch._dynamo.reset(): the graphs that still exist, their sites and counts."""
 
     graphs: tuple[GraphRecord, ...]
     sites: list[SiteReport] = field(default_factory=list)
@@ -77,7 +78,7 @@ class Report:
         print(accuracy.table(self.errors()))
 
     def to_json(self) -> str:
-        """The report as JSON; `schema` counts up whenever a key changes its meaning or goes away."""
+        """The report as JSON. `schema` increases whenever a key goes away or changes its meaning."""
         graphs = []
         for graph in self.graphs:
             sites = [{**asdict(s.decision), **asdict(s)} for s in self.sites if s.graph == graph.number]
@@ -122,7 +123,7 @@ class Report:
         return "\n".join([self._table(), *self._summary(), *self._failures(), *self._run_time()])
 
     def _table(self) -> str:
-        """One row for all sites that differ in nothing but the numbers in their module paths."""
+        """Sites that differ only in the numbers of their module paths share a row."""
         rows: dict[tuple[Any, ...], list[SiteReport]] = {}
         for site in self.sites:
             d = site.decision
@@ -149,7 +150,7 @@ class Report:
         planned = t["flops_planned"] / t["flops_dense"] if t["flops_dense"] else 1.0
         lines = [
             f"{t['rewritten']} of {t['sites']} attention sites rewritten, with {t['coverage']:.1%} of the "
-            f"attention FLOPs; planned are {planned:.1%} of all"
+            f"attention FLOPs; the plan computes {planned:.1%} of all FLOPs"
         ]
         others = dict.fromkeys(name for graph in self.graphs for name in graph.other_attention)
         lines += [f"left as it is: {name}" for name in others]
@@ -176,16 +177,16 @@ class Report:
             )
         if t["split_share"]:
             lines.append(
-                f"order: {t['split_share']:.0%} of the heads by splits instead of cubes: they err less so"
+                f"order: {t['split_share']:.0%} of the heads use splits instead of cubes, which lowers their error"
             )
         if t["first_order_share"]:
             lines.append(
-                f"first-order terms: {t['first_order_share']:.0%} of the heads have them: they err less so"
+                f"first-order terms: {t['first_order_share']:.0%} of the heads use them, which lowers their error"
             )
         if t["measured_calls"]:
             targets = sorted({s.target_error for s in self.sites if s.target_error is not None})
             lines.append(
-                f"error: {t['measured_error']:.3g} in the median, {t['worst_error']:.3g} at worst, measured "
+                f"error: {t['measured_error']:.3g} median, {t['worst_error']:.3g} largest, measured "
                 f"in {t['measured_calls']} sparse calls of the last generation"
                 + "".join(f"; target {target:g}" for target in targets)
             )
@@ -193,7 +194,7 @@ class Report:
         if guarded:
             names = ", ".join(f"{model}.{layer}" for model, layer in guarded)
             lines.append(
-                f"dense because of their errors, to the end of the generation: layers {names} (model.layer)"
+                f"dense for the rest of the generation because of their errors: layers {names} (model.layer)"
             )
         lines += [f"fallbacks: {count} x {reason}" for reason, count in t["fallbacks"].items()]
         grids = {g.grid: g for g in self.graphs if g.grid}

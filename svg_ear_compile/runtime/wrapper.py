@@ -31,7 +31,7 @@ from .layers import Layer
 
 Grid = tuple[int, int, int]
 SAMPLE = 64
-"""So many numbers, evenly spread, tell one rotary table from another."""
+"""This many numbers, evenly spread, tell one rotary table from another."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class RuntimePlan:
 
 
 class _Visit(NamedTuple):
-    """A site in one call: which layer it is, and what was decided."""
+    """A site in one call: its layer, and what was decided for it."""
 
     site: int
     layer: Layer
@@ -61,8 +61,11 @@ class _Visit(NamedTuple):
 
 
 class _Run(NamedTuple):
-    """One call. stamp: what carried tensors belong to: a shape, a device, a stream. frozen: a CUDA graph is being
-    recorded, whose tensors are its own."""
+    """One call.
+
+    stamp: the shape, device and stream that carried tensors belong to. frozen: whether a CUDA graph is being recorded,
+    which keeps its tensors to itself.
+    """
 
     generation: Generation
     calls: ModelCalls
@@ -158,12 +161,12 @@ class SparseCallable:
                 call.carried[site] = carried
 
     def _carries(self, run: _Run, decision: Decision) -> bool:
-        """Whether tokens are clustered in this call, and what that finds may be used again."""
+        """Whether this call clusters tokens, and may use the result again."""
         clusters = not decision.dense or decision.measure is not None
         return clusters and not run.frozen and self.settings.order != "cubes"
 
     def _grid(self, tables: list[Tensor], generation: Generation, frozen: bool) -> Grid | None:
-        """The frame grid that rotary tables show. Tables are sampled once for a generation, and read if new."""
+        """The frame grid that rotary tables show. Tables are sampled once per generation, and read if they are new."""
         shapes = str([tuple(table.shape) for table in tables])
         key = ("grid", self.record.number, shapes)
         if key not in generation.memos:
@@ -180,7 +183,7 @@ class SparseCallable:
         return grid
 
     def _fail(self, error: Exception, when: str) -> None:
-        """A failure of ours outside of the ops: counted, warned of once."""
+        """Counts a failure outside of the ops, and warns of it once."""
         if self.settings.strict or isinstance(error, torch.AcceleratorError):
             raise error
         kind = type(error).__name__
@@ -193,7 +196,7 @@ class SparseCallable:
     def _finish(
         self, call: context.RunContext, args: tuple[Any, ...], planned: set[int], run: _Run | None
     ) -> None:
-        """Afterwards: which sites ran sparse, what they measured and found, what their masks show."""
+        """After the call: records which sites ran sparse, what they measured, and what their masks show."""
         record = self.record
         if run is None:
             record.count(dense=dict.fromkeys(self.plan.sites, "failures"))
@@ -239,7 +242,7 @@ def _places(record: GraphRecord, sites: Sequence[int]) -> dict[int, Any]:
 
 
 def _words(generation: Generation, setting: int | None, dense_steps: int) -> str:
-    """For the report: how many steps are dense, of how many, and who says so."""
+    """For the report: how many steps are dense, out of how many, and where that number comes from."""
     if generation.is_timed:
         return "no dense step: many calls at one timestep were taken for a benchmark, or a model of one step"
     if generation.num_steps is not None:
@@ -247,6 +250,6 @@ def _words(generation: Generation, setting: int | None, dense_steps: int) -> str
     if setting is not None:
         return f"{dense_steps} dense first steps, of {setting} (the setting num_steps)"
     return (
-        f"{dense_steps} dense first steps; how many there are is unknown outside of a pipeline: "
-        "say so with svg_ear_compile.generation(num_steps=...), or the setting num_steps"
+        f"{dense_steps} dense first steps; the number of steps is unknown outside of a pipeline: "
+        "set it with svg_ear_compile.generation(num_steps=...), or the setting num_steps"
     )

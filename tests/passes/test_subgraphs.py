@@ -115,7 +115,7 @@ def test_the_modules_of_a_checkpoint_are_known() -> None:
         (
             checkpointed,
             True,
-            "attention inside of activation checkpointing in blocks.*.attn1 (gradients are wanted: call the model "
+            "attention inside of activation checkpointing in blocks.*.attn1 (gradients are required: call the model "
             "under torch.no_grad() or torch.inference_mode())",
         ),
     ],

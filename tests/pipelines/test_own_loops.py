@@ -31,7 +31,7 @@ from svg_ear_compile.runtime import step_clock
 pytestmark = pytest.mark.filterwarnings("error:svg_ear")
 
 UNKNOWN = (
-    "2 dense first steps; how many there are is unknown outside of a pipeline: say so with "
+    "2 dense first steps; the number of steps is unknown outside of a pipeline: set it with "
     "svg_ear_compile.generation(num_steps=...), or the setting num_steps"
 )
 

@@ -327,7 +327,7 @@ def test_the_words_of_the_report() -> None:
     assert run.record.steps == "3 dense first steps, of 30 (the pipeline)"
     own_loop(model, (900, 600))
     assert run.record.steps.startswith(
-        "2 dense first steps; how many there are is unknown outside of a pipeline"
+        "2 dense first steps; the number of steps is unknown outside of a pipeline"
     )
     model = Model(run)
     for _ in range(4):
