@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 DOCS = Path(__file__).parents[1] / "docs"
 
 
+@pytest.mark.slow
 def test_facts_are_still_so() -> None:
     run = subprocess.run([sys.executable, DOCS / "facts.py"], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr

@@ -15,14 +15,14 @@ _HEAD = """# Models
 
 Every video transformer class of the installed diffusers, compiled as a whole and by
 `compile_repeated_blocks`, in tiny configurations. This page and `tests/models/verdicts.txt` are written by
-`python tests/models/golden.py`; tests hold them against the code. Cross attention and attention over text,
+`python tests/models/golden.py`; tests compare them with the code. Cross attention and attention over text,
 sound or images stays dense everywhere and is not listed.
 
-- whole, regional: calls of attention over video tokens, rewritten of all there are (and the number of graphs,
-  if there is more than one). "-": the class names no repeated blocks, or they cannot be compiled alone.
+- whole, regional: how many calls of attention over video tokens are rewritten, of how many (and the number of
+  graphs, if there is more than one). "-": the class names no repeated blocks, or they cannot be compiled alone.
 - text: where other tokens lie in the same sequence. They are always exact.
-- mask: what of the attention mask becomes the key padding of the ops.
-- grid: where the frame grid is known from (regional: always the rotary tables).
+- mask: which part of the attention mask becomes the key padding of the ops.
+- grid: how the frame grid is known (regional: always from the rotary tables).
 
 One frame is an image: such calls stay dense.
 
