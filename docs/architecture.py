@@ -159,8 +159,8 @@ def draw(graph: Graph) -> str:
             boxes[room] = (x, below[column], tall, lines)
             below[column] += tall + GAP / 2
             bottom = max(bottom, below[column] - GAP / 2)
-    parts = [_box(room, *box) for room, box in boxes.items()]
-    parts += [_arrow(boxes[a], boxes[b]) for a, others in thinned(between).items() for b in sorted(others)]
+    parts = [_arrow(boxes[a], boxes[b]) for a, others in thinned(between).items() for b in sorted(others)]
+    parts += [_box(room, *box) for room, box in boxes.items()]  # over the arrows that pass by
     size = f"{len(COLUMNS) * (WIDTH + ACROSS)} {bottom + 20:g}"
     marker = '<marker id="m" markerWidth="8" markerHeight="8" refX="6" refY="3" orient="auto">'
     marker += '<path id="tip" style="stroke:none" d="M0 0 6 3 0 6z"/></marker>'
@@ -170,7 +170,7 @@ def draw(graph: Graph) -> str:
 
 def _wrapped(names: list[str]) -> list[str]:
     lines = [""]
-    for name in (name for name in names if name != "__init__"):
+    for name in [name for name in names if name != "__init__"] or names:
         if len(lines[-1]) + len(name) > 40:
             lines.append("")
         lines[-1] += (", " if lines[-1] else "") + name

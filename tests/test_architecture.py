@@ -81,6 +81,7 @@ def test_a_room_that_is_left_and_entered_again_has_floors() -> None:
     assert architecture.circle(graph) == sorted(graph)
 
 
+@pytest.mark.slow
 def test_the_walk_of_a_call_climbs_at_most_once() -> None:
     """The op hands its sparse and its dense branch to the fallback, which calls one of them."""
     command = [sys.executable, str(architecture.ROOT / "docs" / "walk.py")]
