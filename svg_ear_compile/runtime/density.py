@@ -1,16 +1,16 @@
-"""What does a layer do in one call: dense or sparse, how dense, in which forms, and is its error measured?
+"""What does a layer do in one call? Dense or sparse, how dense, in which variants, and whether its error is measured.
 
-One Controller for a generation and its settings. The ops measure (kernels/measuring/errors.py); the sums travel to
-the host while the GPU goes on. What is decided at step s reads those of step s - LAG and before, and waits for them: it
-never depends on how fast anything was, nor on anything before the generation.
+There is one Controller per generation and settings. The ops measure (kernels/measuring/errors.py), and the sums travel
+to the host while the GPU goes on. A decision at step s uses the sums of steps up to s - LAG, and waits for them. So it
+depends neither on the speed of anything nor on what ran before the generation.
 
-- In the last dense steps (without any, in the first sparse one) each layer tries in which form each head errs least
-  (head_variants.py), in the first branch of guidance: the choice holds for all branches and steps. Trials are spread
-  over steps, so that none of them takes much longer than the others. With a target, dense steps try two densities:
-  that is where the density begins (steering.py).
-- Then each call measures few layers in turn, and the generation's density follows.
-- The guard: a layer that errs far beyond the target is measured again at a higher density of its own, and runs dense
-  for the rest of the generation if that does not help.
+- In the last dense steps (or in the first sparse one, if there are none), each layer tries which variant of each head
+  has the smallest error (head_variants.py). It does so in the first guidance branch; the choice holds for all branches
+  and steps. Trials are spread over steps, so that no step takes much longer than the others. With a target, dense steps
+  try two densities, which give the first density (steering.py).
+- After that each step measures a few layers in turn, and the density of the generation follows.
+- The guard: a layer whose error is far above the target gets a higher density of its own and is measured again. If
+  that does not help, it runs dense for the rest of the generation.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ from .steering import Sample, Steering
 
 LAG = 1
 TRIAL = (0.15, 0.45)
-"""Densities that are tried in a dense step."""
+"""The two densities that are tried in a dense step."""
 STEPS_A_SPREAD, MOST_SPREAD = 8, 4
-"""Trials are spread over a step for so many steps of the generation, over no more than so many, and over dense ones
-only: a sparse step without forms errs two to three times as much, at the time that decides a clip's layout."""
+"""Trials take one step per STEPS_A_SPREAD steps of the generation, at most MOST_SPREAD steps, and only dense ones: the
+error of a sparse step before the choice is two to three times as large, at the time that decides a clip's layout."""
 FEW_STEPS, OFTEN = 16, 2
-"""Generations of up to so many steps are measured so often: every second call of a layer."""
+"""In generations of up to FEW_STEPS steps, every OFTEN-th call of a layer is measured."""
 BOOST = 1.5
-"""A layer beyond the guard gets so many times the density, before it goes dense."""
+"""A layer beyond the guard first gets this many times the density, and then runs dense."""
 RETRY = 8
-"""Where sparsity does not pay, a layer tries again after so many steps."""
+"""If sparsity does not pay, a layer tries again after this many steps."""
 
 
 class Decision(NamedTuple):
     """What a layer does in one call.
 
-    dense: why it is dense, "" if it is not; counter: that reason for the report. density: None where dense, or as
-    routed. measure: None: nothing is measured; else the densities to try besides, (): none. orders, terms: in which
-    forms they are tried (context.Measure). split_heads, first_order: as in context.RunContext. anew: whether orders
-    that were kept are to be made again.
+    dense: why it is dense, "" if it is not; counter: the same reason for the report's counts. density: None if dense,
+    or as routed. measure: None if nothing is measured, else the densities to try besides, which may be none.
+    orders, terms: the variants that are tried (context.Measure). split_heads, first_order: as in context.RunContext.
+    anew: whether carried orders are to be made again.
     """
 
     dense: str = ""
@@ -64,7 +64,7 @@ class Decision(NamedTuple):
 
 @dataclass(eq=False)
 class CallLog:
-    """What one attention site did in one call. sums: of what it measured; audited: of all rows."""
+    """What one attention site did in one call. sums: what it measured; audited: the same over all rows."""
 
     site: int
     model: int
@@ -76,7 +76,7 @@ class CallLog:
     audited: Sums | None = None
 
     def error(self) -> Error | None:
-        """Of the output, where it was measured; trials of a dense call are no such. Waits for the device."""
+        """The error of the output, if it was measured; None for the trials of a dense call. Waits for the device."""
         return None if self.sums is None or self.decision.dense else error_of(*self.sums.read()[0])
 
     def true_error(self) -> Error | None:
@@ -85,7 +85,7 @@ class CallLog:
 
 
 class Controller:
-    """Of one generation. can_split: whether heads may go by splits, as the frame grid is known."""
+    """The decisions of one generation. can_split: whether heads may use splits, since the frame grid is known."""
 
     def __init__(self, settings: Settings, can_split: bool) -> None:
         self.settings = settings
@@ -100,10 +100,10 @@ class Controller:
         self._ran_sparse = False
         self._unread: deque[tuple[Layer, CallLog]] = deque()
         self._last_step: dict[tuple[int, int], int] = {}
-        """Of each layer (model, layer): when it ran last."""
+        """By (model, layer): the step in which the layer last ran."""
 
     def begin(self, step: int, dense_steps: int, num_steps: int | None) -> None:
-        """A call of this step comes, of `dense_steps` dense ones and num_steps (None: unknown) in all."""
+        """A call at this step follows. Of num_steps steps (None: unknown), the first `dense_steps` are dense."""
         self._dense_steps, self._num_steps = dense_steps, num_steps
         if step == self._step:
             return
@@ -114,7 +114,7 @@ class Controller:
             self._ran_sparse = self.steering.pays
 
     def decide(self, layer: Layer, branch: int, frozen: bool = False) -> Decision:
-        """What to do in one call of a layer. frozen: nothing can be read or measured just now."""
+        """What to do in one call of a layer. frozen: nothing can be read or measured now."""
         s, step = self.settings, self._step
         if step < self._dense_steps:
             decision = Decision(
@@ -163,7 +163,7 @@ class Controller:
         return nothing_known or layer.strikes == 1 or (count + layer.number + branch) % every == 0
 
     def _try(self, decision: Decision, layer: Layer, branch: int, frozen: bool) -> Decision:
-        """The decision with a trial of forms, where it is the layer's turn."""
+        """The decision, with a trial of variants added if it is the layer's turn."""
         s = self.settings
         spread = min(max((self._num_steps or 0) // STEPS_A_SPREAD, 1), MOST_SPREAD, max(self._dense_steps, 1))
         turn = max(self._dense_steps - spread, 0) + layer.number % spread
@@ -181,12 +181,12 @@ class Controller:
         return decision._replace(measure=densities, orders=self._orders, terms=s.first_order)
 
     def _trial_densities(self) -> tuple[float, float]:
-        """Never more than what a layer may use."""
+        """Both are within max_density."""
         (low, high), most = TRIAL, self.settings.max_density
         return low * min(1.0, most / high), min(high, most)
 
     def _read(self, last: int) -> None:
-        """Learns from what calls up to a step measured."""
+        """Learns from what the calls up to this step measured."""
         low: list[Sample] = []
         high: list[Sample] = []
         measured: list[Sample] = []
@@ -211,7 +211,7 @@ class Controller:
         self.steering.forget(set(gone))
 
     def _samples(self, layer: Layer, log: CallLog) -> list[Sample]:
-        """What a call says of its layer's error: in a dense one, at two densities."""
+        """What a call shows of its layer's error; in a dense call, at two densities."""
         assert log.sums is not None
         sums, decision, key = log.sums.read(), log.decision, (log.model, log.layer)
         own = 0 if decision.dense else 1
@@ -231,7 +231,7 @@ class Controller:
         return [Sample(key, decision.density, error)]
 
     def _guard(self, layer: Layer, decision: Decision, error: float) -> None:
-        """Whether the layer errs so much that it gets more density, or goes dense."""
+        """Gives the layer more density, or makes it dense, if its error is too large."""
         if math.isnan(error):
             return
         if error <= self.settings.guard:
@@ -245,7 +245,7 @@ class Controller:
 
 
 def _clamped(error: float) -> float:
-    """Errors of exactly 0 have no logarithm."""
+    """At least 1e-9, since an error of 0 has no logarithm. NaN stays NaN."""
     return max(error, 1e-9) if error == error else math.nan
 
 

@@ -1,11 +1,11 @@
-"""How many keys do masks show, as far as the running call of the model has read it? So that it is read once.
+"""How many keys does a mask show? Read once per call of the model, since reading it waits for the device.
 
-Reading a mask waits for the device. Graphs of single blocks get the same mask in each block: it is read in the first of
-them, and holds for the call of the model, as long as the tensors that the mask is a function of are the same objects,
-unchanged (every change in place counts up a tensor's version).
+Graphs of single blocks get the same mask in each block. It is read in the first block and holds for the call of the
+model, as long as the tensors that the mask is computed from are the same objects, and unchanged (each change in place
+increases a tensor's version).
 
-Inference tensors have no version: their masks are read in each call of a graph. While a CUDA graph is recorded
-nothing is read, or known: a replay would not look again.
+Inference tensors have no version, so their masks are read in each call of a graph. While a CUDA graph is being recorded
+nothing is read or remembered, since a replay would not look again.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from ..compat import version
 class MaskSource(NamedTuple):
     """What a mask is made from: the arguments of its graph at these positions.
 
-    function: how, and the same for all masks that are made alike, in whichever graph. sized: whether sizes have a say
-    in it, which are arguments of the graph too.
+    function: a key for how it is computed, the same for all masks that are computed alike, in any graph. sized: whether
+    it also depends on sizes, which are arguments of the graph too.
     """
 
     positions: tuple[int, ...]
@@ -32,13 +32,13 @@ class MaskSource(NamedTuple):
 
 
 Known = dict[Hashable, Any]
-"""Per state of a mask's sources: these tensors, so that no other takes their place, and what the mask shows."""
+"""By state of a mask's sources: these tensors, kept so that no other takes their address, and what the mask shows."""
 
 
 def recall(
     known: Known, seen: dict[int, int | None], number: int, args: tuple[Any, ...], source: MaskSource
 ) -> None:
-    """Sets seen[number] for mask `number` of a graph, if what it is made from was met in this call of the model."""
+    """Sets seen[number] for mask `number` of a graph, if its sources were seen in this call of the model."""
     found = known.get(_key(args, source))
     if found is not None:
         seen[number] = found[1]
@@ -54,7 +54,7 @@ def keep(
 
 
 def _key(args: tuple[Any, ...], source: MaskSource) -> Any:
-    """Tells one state of a mask's sources from another; None where nothing can."""
+    """A key for the state of a mask's sources; None if there is none."""
     tensors = [args[i] for i in source.positions]
     if any(type(x) not in (Tensor, torch.nn.Parameter) or x.is_inference() for x in tensors):
         return None

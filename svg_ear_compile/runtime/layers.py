@@ -1,4 +1,4 @@
-"""What is kept for one attention layer while a generation runs? It goes away with the generation."""
+"""What is kept for one attention layer while a generation runs?"""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from torch import Tensor
 from .head_variants import HeadVariants
 
 MAX_FAILURES = 3
-"""A layer that failed so many times in a row stays dense."""
+"""A layer that failed this many times in a row stays dense."""
 
 Carried = tuple[Tensor, Tensor]
-"""What clustering carries on, of queries and of keys: centroids of k-means, orders of splits."""
+"""What clustering carries over, for queries and for keys: centroids of k-means, or orders of splits."""
 
 
 @dataclass(eq=False)
 class Layer:
-    """number: in the order of first appearance among the layers of its model. carried: per guidance branch, with
-    the shape, device and stream that it belongs to. sparse_calls: per branch.
+    """One layer in one generation.
 
-    variants: in which form each head goes. boost: this layer's density over the generation's. guarded: the error
-    for which it runs dense. strikes, failures: errors beyond the guard, and failed calls, in a row.
+    number: its place in the order in which the layers of its model first appear. carried: per guidance branch, with the
+    shape, device and stream that it belongs to. sparse_calls: per branch. variants: which variant each head uses.
+    boost: this layer's density over the generation's. guarded: the error because of which it runs dense. strikes,
+    failures: the number of errors beyond the guard, and of failed calls, in a row.
     """
 
     number: int
@@ -35,7 +36,7 @@ class Layer:
     failures: int = 0
 
     def recall(self, branch: int, stamp: Hashable) -> Carried | None:
-        """What `keep` was given for this branch, if it was under the same stamp."""
+        """What was kept for this branch, if it has the same stamp."""
         kept = self.carried.get(branch)
         return kept[1] if kept is not None and kept[0] == stamp else None
 

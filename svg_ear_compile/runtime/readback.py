@@ -1,7 +1,6 @@
-"""What was measured in a call, on its way from the device: error sums, and the errors they amount to.
+"""How do measured errors get to the host? As sums, copied asynchronously while the GPU goes on.
 
-The sums (kernels/measuring/errors.py) travel to pinned memory while the GPU goes on; whoever reads them waits for
-their event.
+The sums (kernels/measuring/errors.py) go to pinned memory; reading them waits for the event of the copy.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from torch import Tensor
 
 
 class Error(NamedTuple):
-    """Relative, of a whole call and of its worst head. See `Sums.errors`."""
+    """The relative error of a whole call, and of its worst head. See `Sums.errors`."""
 
     call: float
     worst_head: float
@@ -39,14 +38,14 @@ class Sums:
             if self._event is not None:
                 self._event.synchronize()
             self._read = self._sums.double()
-            self._sums = self._event = None  # the next call's sums get the pinned memory
+            self._sums = self._event = None  # the next call's sums reuse the pinned memory
         return self._read
 
     def errors(self) -> list[Error]:
-        """One for each thing measured.
+        """One error for each thing measured.
 
-        Heads whose exact output is not finite say nothing; NaN where all are so. Infinite where an output
-        is not finite and the exact one is.
+        Heads whose exact output is not finite are left out; NaN if all are. Infinite if an output is not finite and the
+        exact one is.
         """
         return [error_of(*sums) for sums in self.read()]
 

@@ -1,13 +1,13 @@
-"""Which density gives a generation the error that is asked for? Numbers in, a number out.
+"""Which density gives a generation the error that was asked for? Numbers in, a number out.
 
 One density holds for all layers, guidance branches and steps of a generation: errors fall steeply at first and slowly
-later, so density taken from a layer costs more than another gains (docs/QUALITY.md). It is steered so that the root
-mean square of the relative errors of all sparse calls meets the target T. With e_l the last error of layer l, measured
-at density d_l, and span(d) that with which the logarithm of an error falls:
+later, so taking density from one layer costs more than another layer gains (docs/QUALITY.md). The density is adjusted
+so that the root mean square of the relative errors of all sparse calls meets the target T. With e_l the last error of
+layer l, measured at density d_l, and span(d), in which the logarithm of an error is linear:
 
     level = root mean square over l of  e_l exp(rate span(d_l)),    error(d) = level exp(-rate span(d))
 
-What earlier steps erred more or less than T, the steps that are left make up for, within bounds.
+Later steps make up, within bounds, for earlier steps whose error was above or below T.
 """
 
 from __future__ import annotations
@@ -23,36 +23,36 @@ class Tuning(NamedTuple):
     (benchmarks/levels.py; docs/TRIED.md)."""
 
     first_density: float = 0.4
-    """Where nothing was measured yet."""
+    """The density before anything was measured."""
     rate: float = 5.0
-    """The logarithm of an error falls so fast with the density, where nothing was tried. Models: 4 to 7."""
+    """How fast the logarithm of an error falls with the density, before a trial. Models: 4 to 7."""
     rates: tuple[float, float] = (2.0, 12.0)
-    """What a trial may find."""
+    """The bounds of what a trial may find."""
     power: float = 0.14
-    """Below this density errors fall like a power of it."""
+    """Below this density, errors fall like a power of the density."""
     aim: float = 0.95
-    """Of the target: errors grow towards the end, and are noticed a step late."""
+    """The share of the target to aim at: errors grow towards the end, and are seen a step late."""
     make_up: tuple[float, float] = (0.8, 1.2)
-    """Of the target: what the steps that are left may aim at, to make up for those before."""
+    """The shares of the target that remaining steps may aim at, to make up for earlier ones."""
     few: tuple[int, float] = (16, 1.6)
-    """Of up to so many steps the first errs so many times as much as the later ones: that is what it may aim at."""
+    """In generations of up to 16 steps, the first step errs 1.6 times as much as later ones, and may aim at that."""
     lower: float = 0.8
-    """In one step the density goes down to this share at most: samples miss rows that err much."""
+    """One step lowers the density to this share at most, since samples may miss rows with large errors."""
     hysteresis: float = 0.05
-    """Smaller relative changes are not made."""
+    """Smaller relative changes of the density are not made."""
 
 
 TUNING = Tuning()
 
 
 def span(density: float) -> float:
-    """What the logarithm of the error falls with: the density d; below `power`, power (1 + ln(d / power))."""
+    """What the logarithm of an error is linear in: the density d; below `power`, power (1 + ln(d / power))."""
     p = TUNING.power
     return density if density >= p else p * (1 + math.log(density / p))
 
 
 def density_of(span: float) -> float:
-    """The inverse."""
+    """The inverse of span."""
     p = TUNING.power
     return span if span >= p else p * math.exp(span / p - 1)
 
@@ -67,14 +67,14 @@ class Sample(NamedTuple):
 
 @dataclass
 class Steering:
-    """target: of the root mean square error. least, most: bounds of the density."""
+    """target: for the root mean square error. least, most: bounds of the density."""
 
     target: float
     least: float
     most: float
     density: float = field(init=False)
     pays: bool = True
-    """Whether the target needs no more than `most`; else calls had better be dense."""
+    """Whether the target needs a density of at most `most`; otherwise dense calls are better."""
     rate: float = TUNING.rate
     _samples: dict[Hashable, Sample] = field(default_factory=dict)
     _spent: float = 0.0
@@ -84,7 +84,7 @@ class Steering:
         self.density = min(TUNING.first_density, self.most)
 
     def tried(self, low: list[Sample], high: list[Sample]) -> None:
-        """What a trial found at two densities, the same layers in both: how fast errors fall, and where they are."""
+        """Takes the results of a trial of the same layers at two densities: how fast errors fall, and their level."""
         fallen = _rms(s.error for s in low) / _rms(s.error for s in high)
         if 0 < fallen < math.inf:  # else an output was not finite
             rate = math.log(fallen) / (span(high[0].density) - span(low[0].density))
@@ -92,23 +92,26 @@ class Steering:
         self.measured(high if self.density > math.sqrt(low[0].density * high[0].density) else low)
 
     def measured(self, samples: list[Sample]) -> None:
-        """Newer errors of some layers."""
+        """Takes newer errors of some layers."""
         self._samples |= {sample.layer: sample for sample in samples}
 
     def forget(self, layers: set[Hashable]) -> None:
-        """These do not run any more. They count as long as nothing is known of those that do."""
+        """These layers no longer run. They count as long as nothing is known of those that do."""
         left = {key: sample for key, sample in self._samples.items() if key not in layers}
         self._samples = left or self._samples
 
     def expected(self, density: float) -> float:
-        """The root mean square error at a density; infinite where nothing was measured."""
+        """The root mean square error at a density; infinite if nothing was measured."""
         if not self._samples:
             return math.inf
         level = _rms(s.error * math.exp(self.rate * span(s.density)) for s in self._samples.values())
         return level * math.exp(-self.rate * span(density))
 
     def next(self, steps_left: int | None, ran_sparse: bool) -> float:
-        """The density of the next step. steps_left: with it, None: unknown. ran_sparse: whether the one before was."""
+        """The density of the next step.
+
+        steps_left: how many steps are left, with this one; None: unknown. ran_sparse: whether the last step was sparse.
+        """
         if not self._samples:
             return self.density
         if ran_sparse:

@@ -1,9 +1,9 @@
-"""What does the host do around one call of a compiled graph? Finds out who calls, decides, runs, counts.
+"""What does the host do around one call of a compiled graph? It finds out who calls, decides, runs and counts.
 
-For each rewritten site it decides whether this call is dense, how dense otherwise and whether its error is measured
-(density.py), and lays that, the frame grid and carried orders into the context that the ops read.
-From the device it reads errors that were measured a step before; outside of a pipeline, one timestep a call of the
-model; and a few numbers of a rotary table where only that shows the frame grid.
+For each rewritten site it decides whether this call is dense, its density otherwise, and whether its error is measured
+(density.py). It puts that, the frame grid and carried orders into the context that the ops read. From the device it
+reads errors that were measured a step earlier; outside of a pipeline one timestep per call of the model; and a few
+numbers of a rotary table, if only that shows the frame grid.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ SAMPLE = 64
 class RuntimePlan:
     """What is known at compile time about the calls of a graph.
 
-    sites: the numbers of the rewritten sites, in their order. video: the position of the argument whose shape tells
-    one resolution from another. mask_ids: sites with one number share a mask. masks: per such number, what it is made
-    from, where that is known. needs_grid: whether no site's grid was in the graph.
+    sites: the numbers of the rewritten sites, in order. video: the position of the argument whose shape tells
+    resolutions apart. mask_ids: sites with the same number share a mask. masks: what each of these masks is computed
+    from, if known. needs_grid: whether no site's grid is in the graph.
     """
 
     sites: tuple[int, ...]
