@@ -1,15 +1,15 @@
-"""Is an attention call rewritten, or why does it stay dense? One Site with a Verdict for each.
+"""Is an attention call rewritten, and if not, why? One Site with a Verdict for each call.
 
 Self attention is recognised by where its tokens come from: query, key and value must run over the same
-tokens (provenance/). Equal lengths prove nothing. What the kernels cannot do keeps a site dense, and so does
-missing evidence of video (evidence.py), unless the user names the module.
+tokens (provenance/). Equal lengths prove nothing. A site stays dense if the kernels do not support it, or if nothing
+shows that its tokens are video (evidence.py), unless the user names the module.
 
 `sites=` holds patterns of module paths (fnmatch; `*` also matches dots). A graph of a single block knows
 only the end of the path ('attn1' for 'blocks.7.attn1'): there a pattern's last components are compared,
 as many as the path has.
 
-A graph that takes any length is compiled once, for whatever comes first. So what depends on the length is not
-decided here: the site is rewritten, and each call is dense if it has too few tokens, or one frame.
+A graph that takes any length is compiled once, with the length of the first call. What depends on the length is
+therefore not decided here: the site is rewritten, and each call with too few tokens, or with one frame, runs dense.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def named(path: str, patterns: Sequence[str]) -> bool:
 
 
 def pattern_of(path: str) -> str:
-    """A pattern for `sites=` that names a module, and those that differ in nothing but numbers."""
+    """A pattern for `sites=` that names a module and all that differ from it only in numbers."""
     return without_numbers(path) or "*"
 
 
@@ -151,7 +151,7 @@ def _is_bare(axis: Axis) -> bool:
 
 
 def _obstacle(call: AttentionNode, kind: str, bad_mask: Reason | None, mask: str) -> Verdict | None:
-    """The first thing that the kernels cannot do, whatever the tokens are."""
+    """The first thing that the kernels do not support, whatever the tokens are."""
     query, key, value, out = (example(n) for n in (call.query, call.key, call.value, call.node))
     head_dims = [hint(x.shape[3]) for x in (query, key, value)]
     heads = [hint(x.shape[1]) for x in (query, key, value)]
@@ -181,7 +181,7 @@ def _obstacle(call: AttentionNode, kind: str, bad_mask: Reason | None, mask: str
 
 
 def _enough(tokens: int, least: int, evidence: Evidence, query: torch.Tensor) -> Verdict:
-    """Whether there are enough video tokens, where all calls have as many; else that is decided per call."""
+    """Whether there are enough video tokens. Under dynamic shapes that is decided in each call."""
     if is_symbolic(query.shape[2]):
         checks = ["too few tokens"] * (least > 1) + ["one frame"] * evidence.frames_may_change
         per_call = f"; {' or '.join(checks)}: decided per call" if checks else ""

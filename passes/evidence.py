@@ -1,14 +1,14 @@
 """Are the tokens of a site video? Yes, no, or nothing says so.
 
-An image transformer, a VAE, a vision encoder or a language model runs long self attention too, and sparse
-attention there would be a surprise, however long it is. So only what is known to be video is rewritten.
+An image transformer, a VAE, a vision encoder or a language model also runs long self attention, and users would not
+expect sparse attention there. So only what is known to be video is rewritten.
 
 - VIDEO: tokens that span several frames of a 5-D input, rotary tables over a grid of several frames, or a
   diffusers class that is known to be a video transformer.
 - NOT_VIDEO: pixels of a 4-D input, one frame in a 5-D input or in rotary tables, positions of a sequence.
 - UNKNOWN: none of these.
 
-Whoever names a module in `sites=` is believed.
+A module that the user names in `sites=` counts as video.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Evidence:
 def find_evidence(
     call: AttentionNode, axis: Axis, layout: Layout, example_inputs: Sequence[object], video_tokens: int
 ) -> Evidence:
-    """axis: the tokens of the query. video_tokens: how many of them are no text."""
+    """axis: the tokens of the query. video_tokens: how many of them are not text."""
     names = [call.module_path, *(cls.rpartition(".")[2] for cls in call.module_classes)]
     named = next((name for name in names if OTHER_TOKENS.search(name)), None)
     if named is not None:
@@ -93,7 +93,7 @@ def _from_shapes(axis: Axis, layout: Layout, any_length: bool) -> Evidence | Non
 
 
 def _frames(part: Part) -> int:
-    """How many frames there are in a part that spans a clip, as far as its dimensions show."""
+    """The number of frames in a part that spans a clip, as far as its dimensions show."""
     if len(part) > 2:
         return max(atom.size for atom in part[:-2])
     root = next(atom.root for atom in part if _rank(atom) == 5)

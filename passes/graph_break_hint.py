@@ -1,9 +1,8 @@
-"""Which graph break keeps attention out of our sight, and what is to be done about it?
+"""Which graph break keeps attention out of the graphs, and what can the user do about it?
 
-Where a model computes with numbers that only the data shows, prints, or is wrapped by a hook that Dynamo cannot
-trace, Dynamo cuts the graph, and may leave whole functions to eager Python. Dynamo remembers why and where. Code
-after a break is compiled as a function of its own, whose name tells the line of the break: so the cause of what a
-graph lacks is looked up, not guessed.
+If a model prints, computes with numbers that only the data shows, or is wrapped by a hook that Dynamo cannot trace,
+Dynamo breaks the graph, and may leave whole functions to eager Python. It remembers why and where. Code after a break
+is compiled as a function of its own, whose name holds the line of the break. So the cause is looked up, not guessed.
 """
 
 from __future__ import annotations
@@ -28,9 +27,9 @@ _UNKNOWN = "TORCH_LOGS=graph_breaks shows why"
 
 
 def missing_attention(graph: fx.Graph) -> str:
-    """The attention that a graph without any lacks, in words; '' if it lacks none.
+    """The attention that is missing from a graph without any, in words; '' if none is missing.
 
-    A graph with the feed-forward layer of a video transformer and without attention is what a break left of a block.
+    A graph with the feed-forward layer of a video transformer but without attention is part of a broken block.
     """
     for node in graph.find_nodes(op="placeholder"):
         if is_weight(node) and _FEED_FORWARD.search(source_name(node)):
@@ -43,12 +42,12 @@ def missing_attention(graph: fx.Graph) -> str:
 
 
 def is_resumed(node: fx.Node) -> bool:
-    """Whether the code of this node goes on after a graph break."""
+    """Whether the code of this node resumes after a graph break."""
     return bool(resumed_after(node.meta.get("stack_trace") or ""))
 
 
 def break_before(node: fx.Node) -> str:
-    """The graph break after which the code of this node goes on: why, where, and what to do."""
+    """The graph break after which the code of this node resumes: why, where, and what to do."""
     places = set(resumed_after(node.meta.get("stack_trace") or ""))
     for reason in reversed(graph_break_reasons()):
         if places & {(frame.filename, frame.lineno) for frame in reason.user_stack or ()}:
@@ -57,7 +56,7 @@ def break_before(node: fx.Node) -> str:
 
 
 def graph_breaks() -> list[str]:
-    """All that broke graphs since the last torch._dynamo.reset(): why, where, and what to do. Each once."""
+    """All graph breaks since the last torch._dynamo.reset(): why, where, and what to do. Each one once."""
     return list(dict.fromkeys(map(_words, graph_break_reasons())))
 
 

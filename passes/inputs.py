@@ -1,9 +1,8 @@
 """Which arguments of the compiled graph does the host look at before a call?
 
-The frame grid may stand in rotary tables. What an attention mask hides is read once as long as the arguments
-it is made from stay what they are.
-Positions are counted among the graph's placeholders, which are the arguments of the compiled
-callable: under dynamic shapes SymInts come among them, so a fixed position would be wrong.
+Rotary tables may show the frame grid. What an attention mask hides is read again only when the arguments that it is
+computed from change. Positions count the graph's placeholders, which are the arguments of the compiled callable. Under
+dynamic shapes there are SymInts among them, so a fixed position would be wrong.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Where do the text tokens of a site lie, and which frame grid do its video tokens form?
 
-Read off the token axis of the query (provenance/): parts that stem from encoder_hidden_states or the like are
-text; a video part of three atoms is a grid (frames, height, width), because some reshape merged exactly
-these three dimensions, whatever the patch embedding was. Graphs of single blocks get their tokens packed:
-there the grid is not in the graph, and the host reads it off the rotary tables (rotary.py).
+Both are read off the token axis of the query (provenance/). Parts that come from encoder_hidden_states or the like are
+text. A video part of three atoms is a grid (frames, height, width), because a reshape merged exactly these three
+dimensions, whatever the patch embedding was. Graphs of single blocks get packed tokens: there the grid is not in the
+graph, and the host reads it off the rotary tables (rotary.py).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .sources import TEXT, is_activation, last_key
 
 
 def video_parts(axis: Axis) -> list[Part]:
-    """The parts of a token axis that are video: certain ones, else the longest that is not text."""
+    """The parts of a token axis that are certainly video; if there are none, the longest part that is not text."""
     certain = [part for part in axis if is_packed_video(part)]
     if certain:
         return certain

@@ -5,13 +5,13 @@ Models write such a mask in three ways; all of them end as the operand [B or 1, 
 - as that operand itself (HunyuanVideo, Motif);
 - as an outer product, padding[:, None] & padding[None, :] (HunyuanVideo 1.5): one factor hides keys, and the
   other hides all keys from padded queries, for which scaled_dot_product_attention gives zeros. So does the
-  rewrite, by the [B, 1, S, 1] form of the same vector: whoever reads these rows finds what the model put
-  there (in HunyuanVideo 1.5 nobody does: they are padded text, hidden as keys in all blocks, and no part of
-  the output). Nothing of size S x S is left;
-- as a bias, (1 - keep) * -10000 (Allegro), where `keep` was bool once, so that nothing but 0 and -10000 can
-  be in it: exp(-10000) is 0 in every dtype. Differs only where all keys are hidden.
+  rewrite, with the same vector as [B, 1, S, 1], so that these rows hold what the model put there (HunyuanVideo 1.5
+  never reads them: they are padded text, hidden as keys in all blocks, and not part of the output). Nothing of
+  size S x S is left;
+- as a bias, (1 - keep) * -10000 (Allegro), where `keep` was bool before, so that it holds only 0 and -10000:
+  exp(-10000) is 0 in every dtype. The result differs only if all keys are hidden.
 
-A bias of any other origin keeps its site dense: it may be a relative position.
+A site with any other bias stays dense: it may be a relative position.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _MORE_DIMENSIONS = {"unsqueeze", "view", "reshape", "expand", "repeat", "flatten
 
 
 def read_mask(call: AttentionNode) -> tuple[str, Reason | None, KeyMask | None]:
-    """(the mask in words, the reason why it keeps the site dense or None, what the ops get for it)."""
+    """(the mask in words, why it keeps the site dense or None, the operand of the ops)."""
     if call.attn_mask is None:
         return "none", None, None
     mask = example(call.attn_mask)

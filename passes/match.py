@@ -1,4 +1,4 @@
-"""Which attention does a graph hold? Every scaled_dot_product_attention call, its arguments by name.
+"""Which attention does a graph hold? Every scaled_dot_product_attention call, with its arguments by name.
 
 Dynamo leaves F.scaled_dot_product_attention as one call_function node, whatever device and dtype (below AOT
 it would have become one of several device-specific ops). Two styles of calls occur in diffusers: everything
@@ -24,13 +24,13 @@ from .unfused_attention import unfused_attention
 
 _PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 _DEFAULTS = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
-# A choice that allows all of these forces nothing: it is what leaving a `with sdpa_kernel(...)` restores.
+# A choice that allows all of these forces nothing: leaving a `with sdpa_kernel(...)` restores it.
 _FREE_CHOICE = {"FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"}
 
 
 @dataclass(frozen=True)
 class AttentionNode:
-    """One attention call with normalised arguments, and the module it stands in."""
+    """One attention call with normalised arguments, and the module that makes it."""
 
     node: fx.Node
     query: fx.Node
@@ -60,7 +60,7 @@ class AttentionNode:
 
 
 class OtherAttention(NamedTuple):
-    """Attention that is left as it is: what it is, what to do about it, and the module it stands in."""
+    """Attention that is left as it is: what it is, what to do about it, and the module that runs it."""
 
     kind: str
     advice: str
@@ -69,8 +69,8 @@ class OtherAttention(NamedTuple):
 
 @dataclass(frozen=True)
 class Matches:
-    """All attention of one graph. others: what is left as it is. outside: of what may run outside of all graphs,
-    since this one has the rest of a block and no attention; '' if it has."""
+    """All attention of one graph. others: what is left as it is. outside: attention that seems to run outside of the
+    graphs, since this one holds the rest of its block; '' if there is none."""
 
     calls: tuple[AttentionNode, ...]
     others: tuple[OtherAttention, ...]
@@ -115,7 +115,7 @@ def _attention_node(node: fx.Node, forced_backend: str) -> AttentionNode:
 
 
 def _scale(scale: Any, query: fx.Node) -> Any:
-    """A float; None for 1 / sqrt(head_dim), computed or not; what only a run shows stays a node."""
+    """A float; None for 1 / sqrt(head_dim), computed or not; a node if only a run shows the value."""
     known = constant(scale)
     if known is not None or scale is None:
         return known
@@ -136,7 +136,7 @@ def _other(kind: str, advice: str, node: fx.Node) -> OtherAttention:
 
 
 def in_words(others: Sequence[OtherAttention]) -> list[str]:
-    """'flex_attention in blocks.*.attn1 (what to do)': layers that differ in nothing but their number are one."""
+    """'flex_attention in blocks.*.attn1 (what to do)': layers that differ only in their number are named once."""
     paths: dict[tuple[str, str], dict[str, None]] = {}
     for kind, advice, path in others:
         paths.setdefault((kind, advice), {})[without_numbers(path)] = None

@@ -1,8 +1,8 @@
-"""Which attention lies in a graph of its own inside of a graph?
+"""Which attention lies in a graph inside the graph?
 
 Dynamo gives some regions a graph module of their own, which one node of the graph calls: activation checkpointing,
-torch.compiler.nested_compile_region, branches and loops. A region that just runs, and whose outputs need no
-gradient, is the same written out in its place, and then its attention is a site as any other. What is left is named.
+torch.compiler.nested_compile_region, branches and loops. A region that just runs, and whose outputs need no gradient,
+is written out in its place, and its attention becomes a site like any other. Attention in other regions is named.
 """
 
 from __future__ import annotations

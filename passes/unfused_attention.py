@@ -1,4 +1,4 @@
-"""Is this the attention of a model that does not call scaled_dot_product_attention? It is named, and left as it is.
+"""Is this attention that does not call scaled_dot_product_attention? It is named, and left as it is.
 
 - a product of a softmax of a product: softmax(q k^T * scale + bias) v, by matmul, bmm or einsum
 - torch.nn.MultiheadAttention and TransformerEncoderLayer, which Dynamo keeps as one call
@@ -73,6 +73,6 @@ def _is_written_out(last: fx.Node) -> bool:
 
 
 def _operand(node: fx.Node) -> fx.Node | None:
-    """The tensor that goes on: the first, or of `where` the first that is no condition."""
+    """The tensor operand that carries the values: the first one; for `where`, the first after the condition."""
     operands = [n for n in node.all_input_nodes if is_tensor(n)]
     return operands[min(op_name(node) == "where", len(operands) - 1)] if operands else None

@@ -3,7 +3,7 @@
     settings -> passes (which attention, what is decided, the rewritten graph) -> Inductor -> a callable that
     looks at its arguments before each call
 
-Whatever goes wrong in our passes, the graph is compiled as plain Inductor would compile it.
+If our passes fail, the graph is compiled as plain Inductor would compile it.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def svg_ear(
 
 
 def _inner(resolved: Resolved) -> Callable[[fx.GraphModule, Sequence[Any]], Compiled]:
-    """What compiles a graph in the end: torch.compile(backend="inductor") makes it, or nothing."""
+    """What compiles a graph in the end: Inductor, or nothing."""
     if resolved.settings.inner == "eager":
         return lambda gm, _: gm.forward
     return compat.inductor(resolved.inductor_options)
@@ -83,7 +83,7 @@ def _compile(
     plan: RuntimePlan | None,
     record: GraphRecord,
 ) -> tuple[Compiled, RuntimePlan | None]:
-    """The compiled gm, and its plan: None if the rewritten graph was rejected and `graph` put back for it."""
+    """The compiled gm and its plan; the plan is None if the rewritten graph was rejected and `graph` put back."""
     if plan is None:
         return inner(gm, example_inputs), None
     if compat.leave_out_of_precompile(gm):  # it would be stored without what decides each call
@@ -109,7 +109,7 @@ def _compile(
 def _apply_passes(
     gm: fx.GraphModule, example_inputs: Sequence[Any], resolved: Resolved, record: GraphRecord
 ) -> RuntimePlan | None:
-    """Rewrites gm in place; None if there is nothing to rewrite, or after an error: then gm is untouched."""
+    """Rewrites gm in place. None if there is nothing to rewrite, or after an error, and then gm is untouched."""
     settings = resolved.settings
     sites: list[Site] = []
     try:
@@ -147,7 +147,7 @@ def _apply_passes(
 
 
 def _kernels(sites: list[Site], settings: Settings) -> list[str]:
-    """Which attention kernels these sites run by, and why no faster ones."""
+    """Which attention kernels these sites run on, and why no faster ones do."""
     queries = [site.node.args[0] if site.node.args else site.node.kwargs["query"] for site in sites]
     values = [query.meta["example_value"] for query in queries if isinstance(query, fx.Node)]
     kinds = dict.fromkeys((x.device, x.dtype, int(x.shape[-1])) for x in values)
@@ -156,12 +156,12 @@ def _kernels(sites: list[Site], settings: Settings) -> list[str]:
 
 
 def _is_not_ours(error: Exception) -> bool:
-    """Dynamo steers by its exceptions: restart, skip, unsupported. After an error of the device all fails."""
+    """Whether to raise it on: a signal of Dynamo to itself, or an error of the device, after which everything fails."""
     return compat.is_dynamo_signal(error) or isinstance(error, torch.AcceleratorError)
 
 
 def _give_up(record: GraphRecord, error: Exception, consequence: str) -> None:
-    """No site of the graph is rewritten, because of an error of ours: one warning. Strict raises."""
+    """Marks all sites as not rewritten because of an error of ours, and warns. With strict set it raises."""
     wanted = record.rewritten()
     if record.resolved.settings.strict:
         names = ", ".join(f"{site.site} ({site.module_path})" for site in wanted) or "unknown"
@@ -186,7 +186,7 @@ def _call_plan(
     sites: list[Site],
     record: GraphRecord,
 ) -> RuntimePlan:
-    """What the host has to look at in each call; read off the graph before it is rewritten."""
+    """What the host has to look at in each call. Read off the graph before it is rewritten."""
     placeholders = list(gm.graph.find_nodes(op="placeholder"))
     inputs = read_inputs(gm, sites)
     numbers: dict[KeyMask, int] = {}
@@ -208,7 +208,7 @@ def _call_plan(
 
 
 def _mask_source(mask: KeyMask, name: tuple[int, int]) -> MaskSource | None:
-    """name: of the mask, for a function that only its own graph knows."""
+    """name: of the mask, in case only its own graph knows the function that computes it."""
     positions = mask_arguments(mask.node)
     if positions is None:
         return None
@@ -218,7 +218,7 @@ def _mask_source(mask: KeyMask, name: tuple[int, int]) -> MaskSource | None:
 
 
 def _video_position(placeholders: list[fx.Node], example_inputs: Sequence[Any]) -> int | None:
-    """The argument whose shape shows the resolution: the 5-D one, else the largest that is no parameter."""
+    """The argument whose shape shows the resolution: a 5-D one, else the largest that is not a parameter."""
     tensors = [
         (value.dim() == 5, value.numel(), position)
         for position, (node, value) in enumerate(zip(placeholders, example_inputs, strict=True))
@@ -228,7 +228,7 @@ def _video_position(placeholders: list[fx.Node], example_inputs: Sequence[Any]) 
 
 
 def reset() -> None:
-    """What torch._dynamo.reset() calls: nothing of ours outlives it."""
+    """What torch._dynamo.reset() calls: nothing of svg_ear outlives it."""
     records.clear()
     step_clock.reset()
     diagnostics.clear()

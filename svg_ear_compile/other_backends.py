@@ -1,4 +1,4 @@
-"""SVG_EAR is set: does the program name another backend itself? Dynamo's callbacks show it; it is said once."""
+"""SVG_EAR is set: does the program itself name another backend? Dynamo's callbacks show it; one log line says so."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def reached() -> None:
 
 
 def watch() -> None:
-    """Looks at every compilation of this process. torch._dynamo.reset() ends it."""
+    """Watches every compilation of this process, until torch._dynamo.reset()."""
     from .compat import watch_compilations
 
     watch_compilations(_begin, _end)
@@ -36,7 +36,7 @@ def _begin(_: Any) -> None:
 
 
 def _end(_: Any) -> None:
-    """Backends that only run a graph (eager, as torch's own helpers use) do not come to AOTAutograd."""
+    """Backends that only run a graph (eager, as torch's own helpers use) do not reach AOTAutograd."""
     global _told
     ours, compiled = _count()
     if _told or ours > _before[0] or compiled <= _before[1]:

@@ -1,17 +1,17 @@
-"""Who calls a compiled graph? The sampling loop of a pipeline, the model, and the layer, read off the call stack.
+"""Who calls a compiled graph? The sampling loop of a pipeline, the model and the layer, read off the call stack.
 
 Nothing in a graph says how many steps a generation has, or which layer a graph of a single block stands for. The
 callers know: a diffusers pipeline loops `for i, t in enumerate(timesteps)`, and every nn.Module is called through
-`Module._wrapped_call_impl`. All of them are on the stack of the thread that calls, so they are exact, and need no
-cooperation: no hook, no patch, no argument.
+`Module._wrapped_call_impl`. All of them are on the stack of the calling thread. So what they show is exact, and needs
+no cooperation: no hook, no patch, no argument.
 
 Why looking is safe:
 - It reads `f_back`, `f_code`, `f_lasti` and the `f_locals` of a few frames, and keeps no frame.
 - Up to Python 3.12 `f_locals` leaves a dictionary on its frame that keeps the values alive until the frame returns.
-  Read are frames of `_wrapped_call_impl`, whose `args` and `kwargs` live as long anyway, and that of the pipeline,
-  which holds latents and embeddings. Never a model's `forward`, whose intermediate tensors are large.
-- One entry is added to the pipeline's frame (`Loop.memory`): what belongs to one call of a pipeline is found again in
-  it, and is freed when that call returns, whatever it returns by. Debuggers keep values in frames the same way.
+  Only the frames of `_wrapped_call_impl` are read, whose `args` and `kwargs` live as long anyway, and the frame of the
+  pipeline, which holds latents and embeddings; never a model's `forward`, whose intermediate tensors are large.
+- One entry is added to the pipeline's frame (`Loop.memory`). It keeps what belongs to one call of the pipeline, and is
+  freed when that call returns or raises. Debuggers keep values in frames in the same way.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ..compat import module_call_code, original_module
 _MEMORY = "__svg_ear__"
 _MODULE_CALL = module_call_code()
 _COUNTERS = ("i", "index", "step", "idx")
-"""Names of the loop variable that counts steps; diffusers has `i`, or `index`."""
+"""Names of the loop variable that counts steps; diffusers uses `i` or `index`."""
 _TIMESTEP = ("timestep", "timesteps", "t", "sigma", "sigmas", "time")
 """Names of the argument that holds a model's timestep."""
 
@@ -60,7 +60,7 @@ class Caller(NamedTuple):
 
 
 def caller() -> Caller:
-    """Who called the function that calls this one. Takes about 5 microseconds; raises nothing on strange callers."""
+    """Who called the function that calls this one. Takes about 5 microseconds; does not raise on unusual callers."""
     inner = outer = None
     loop: Loop | None = None
     frame: FrameType | None = sys._getframe(2)
@@ -110,7 +110,7 @@ _seen: dict[int, tuple[CodeType, bool]] = {}
 
 
 def _may_loop(code: CodeType) -> bool:
-    """Whether a method with this code may be a sampling loop: by the names of its variables."""
+    """Whether a method with this code may be a sampling loop, judging by the names of its variables."""
     known = _seen.get(id(code))
     if known is None:
         arguments = code.co_argcount + code.co_kwonlyargcount
@@ -128,8 +128,8 @@ def _may_loop(code: CodeType) -> bool:
 
 
 def _loop(frame: FrameType) -> Loop | None:
-    """The loop that runs in this frame, if its object is a pipeline, or a block of a modular one, or if t was taken
-    from the timesteps."""
+    """The loop that runs in this frame: in a pipeline, in a block of a modular one, or where t was taken from the
+    timesteps. None if there is none."""
     found = frame.f_locals
     schedule, t = found.get("timesteps"), found.get("t")
     if schedule is None:
@@ -150,7 +150,7 @@ def _loop(frame: FrameType) -> Loop | None:
 
 
 def _place(t: Any, schedule: Any) -> int | None:
-    """Where a number lies in the tensor that it was taken from by iteration: it is a view of that."""
+    """The position of a number in the tensor that it was taken from by iteration, which makes it a view of that."""
     if not isinstance(t, Tensor) or not isinstance(schedule, Tensor) or t.numel() != 1:
         return None
     same = t.untyped_storage().data_ptr() == schedule.untyped_storage().data_ptr()
