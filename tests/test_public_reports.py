@@ -118,7 +118,7 @@ def test_weights_are_moved_after_a_run() -> None:
 def test_quantized_weights_are_moved_after_a_run() -> None:
     quantization = pytest.importorskip("torchao.quantization")
     model = ToyVideo(layers=1).eval()
-    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    quantization.quantize_(model.blocks, quantization.Int8WeightOnlyConfig())
     run = compiled(model, DEFAULT_SCHEDULE)
     before = word(run, views(5))
     model.to("cpu")
