@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all lint types gpu sanitize quality clean
+.PHONY: demo test test-all matrix lint types gpu sanitize quality clean
 
 demo: .venv/ready
 	$(BIN)/svg-ear demo $(ARGS)
@@ -15,6 +15,11 @@ test: lint types
 
 test-all: lint types
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal $(ARGS)
+
+# A few tests on other versions of torch, each in an environment of its own; results go to docs/MODELS.md.
+VERSIONS ?= 2.10.0 2.11.0 2.12.1 2.13.0 2.14.1
+matrix:
+	$(PYTHON) tests/torch_versions.py $(VERSIONS)
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 from models.golden import NO_VIDEO, read
 from models.tiny import BUILDERS, build
+from torch_versions import PAGE, kept
 
 from svg_ear_compile.passes.site import Reason
 
-PAGE = Path(__file__).parents[2] / "docs" / "MODELS.md"
 _HEAD = """# Models
 
 Every video transformer class of the installed diffusers, compiled as a whole and by
@@ -52,7 +51,8 @@ def page() -> str:
     head = ["class (test)", "whole", "regional", "text", "mask", "grid"]
     lines = [head, ["---"] * len(head), *rows]
     table = "\n".join("| " + " | ".join(row) + " |" for row in lines)
-    return f"{_HEAD}\n{table}\n\nWhat stays dense, and why:\n\n" + "\n".join(dict.fromkeys(notes)) + "\n"
+    reasons = "\n".join(dict.fromkeys(notes))
+    return f"{_HEAD}\n{table}\n\nWhat stays dense, and why:\n\n{reasons}\n{kept(PAGE.read_text())}"
 
 
 def _graphs(section: list[str]) -> int:
