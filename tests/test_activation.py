@@ -34,7 +34,7 @@ def test_unset_nothing_of_ours_but_the_hook_is_imported() -> None:
     ("value", "backend"),
     [
         ("1", "svg_ear"),
-        ("0", "inductor"),
+        pytest.param("0", "inductor", marks=pytest.mark.slow),
         pytest.param("report", "svg_ear", marks=pytest.mark.slow),
         pytest.param("", "inductor", marks=pytest.mark.slow),
     ],

@@ -30,7 +30,7 @@ def packed(bad: float = 0.0, which: int = 0, tokens: tuple[int, ...] = ()) -> Te
 
 
 @pytest.mark.parametrize("preset", ["default", "svg_ear"])
-@pytest.mark.parametrize("merge", [True, False])
+@pytest.mark.parametrize("merge", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("masked", [True, False])
 def test_they_stay_where_they_are(masked: bool, merge: bool, preset: str) -> None:
     options = {**EAGER, "sites": "*", "density": 0.3, "merge": merge, "preset": preset}

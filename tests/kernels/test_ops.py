@@ -213,7 +213,7 @@ def model(x: Tensor, whole: Callable[..., Tensor], c: SiteConstants) -> Tensor:
     return whole(q, k, v, None, c).transpose(1, 2).flatten(2)
 
 
-@pytest.mark.parametrize("whole", [merged, three])
+@pytest.mark.parametrize("whole", [merged, pytest.param(three, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dynamic", [True, False])
 def test_aot_eager(dynamic: bool, whole: Callable[..., Tensor], strict: context.RunContext) -> None:
     torch._dynamo.reset()

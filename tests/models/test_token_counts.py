@@ -44,7 +44,9 @@ class Wan:
         return totals["sparse_calls"], totals["dense_calls"]
 
 
-@pytest.mark.parametrize("regional", [True, False], ids=["blocks", "whole"])
+@pytest.mark.parametrize(
+    "regional", [pytest.param(True, id="blocks"), pytest.param(False, id="whole", marks=pytest.mark.slow)]
+)
 def test_large_clips_after_small_ones(regional: bool) -> None:
     model = Wan(regional, dynamic=None)
     assert model(SMALL) == (0, {}), "compiled for this size alone"

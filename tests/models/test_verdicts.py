@@ -18,10 +18,13 @@ LIKE_OTHERS = {
     "hunyuan_video_token_replace", "kandinsky5", "sana_wm_refiner", "skyreels_v2", "wan_animate", "wan_i2v",
     "wan_vace",
 }  # fmt: skip
-"""Models whose attention is that of another model: slow."""
+"""Their attention is that of another model."""
+EXPENSIVE = {"allegro", "hunyuan_video15", "ltx2", "mochi", "sana_wm", "wan_animate_2"}
 REGIONAL = {"wan", "hunyuan_video", "ltx", "motif_video"}
 GOLDEN_NOW = {
-    (name, way) for name, way in GOLDEN if name not in LIKE_OTHERS and (way == "whole" or name in REGIONAL)
+    (name, way)
+    for name, way in GOLDEN
+    if name not in LIKE_OTHERS | EXPENSIVE and (way == "whole" or name in REGIONAL)
 }
 
 
@@ -46,7 +49,7 @@ def without_masks(lines: Sequence[str]) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "name", ["wan", "ltx", *(pytest.param(n, marks=pytest.mark.slow) for n in ("cogvideox", "hunyuan_video"))]
+    "name", ["wan", *(pytest.param(n, marks=pytest.mark.slow) for n in ("cogvideox", "hunyuan_video", "ltx"))]
 )
 def test_dynamic_shapes_change_no_verdict(name: str) -> None:
     model, arguments = build(name)

@@ -82,7 +82,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+SLOW = {"a VAE for images", "HunyuanVideo with one frame", "CogVideoX with one frame", "a block of LTX"}
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow) if case in SLOW else case for case in CASES]
+)
 def test_defaults(case: str) -> None:
     make, regional, reason = CASES[case]
     model, arguments = make()

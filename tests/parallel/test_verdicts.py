@@ -35,7 +35,7 @@ def capture(name: str, way: str, ranks: int = 2, rank: int = 0, dynamic: bool | 
     [
         pytest.param("wan", "whole", None, [VIDEO, VIDEO], marks=pytest.mark.slow),
         ("wan", "regional", True, [VIDEO, VIDEO]),
-        ("hunyuan_video", "regional", True, [JOINT, JOINT]),
+        pytest.param("hunyuan_video", "regional", True, [JOINT, JOINT], marks=pytest.mark.slow),
         pytest.param(
             "hunyuan_video", "whole", None,
             [f"{JOINT} 3x4x6", f"single_transformer_blocks.0.{JOINT} 3x4x6"], marks=pytest.mark.slow,

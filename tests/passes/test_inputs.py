@@ -20,7 +20,7 @@ def rotary(graph: Captured) -> list[str]:
     return [graph.placeholders[i] for i in graph.inputs.rotary]
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("dynamic", [None, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("name", "regional", "names"),
     [
@@ -63,10 +63,10 @@ def mask_arguments_of(graph: Captured) -> list[str] | None:
     ("name", "regional", "argument", "dynamic"),
     [
         ("hunyuan_video", False, "l_kwargs_encoder_attention_mask_", None),
-        ("hunyuan_video", True, "l_attention_mask_", True),
+        pytest.param("hunyuan_video", True, "l_attention_mask_", True, marks=pytest.mark.slow),
         ("hunyuan_video15", True, "l_attention_mask_", None),
-        ("motif_video", False, "l_encoder_attention_mask_", True),
-        ("allegro", False, "l_attention_mask_", None),
+        pytest.param("motif_video", False, "l_encoder_attention_mask_", True, marks=pytest.mark.slow),
+        pytest.param("allegro", False, "l_attention_mask_", None, marks=pytest.mark.slow),
     ],
 )
 def test_what_a_mask_is_made_from(name: str, regional: bool, argument: str, dynamic: bool | None) -> None:

@@ -98,7 +98,7 @@ def beside_two_others(tiny: Tiny) -> Tensor:
         after_a_preview,
         after_an_interrupted_run,
         around_the_steps_of_another,
-        in_another_thread,
+        pytest.param(in_another_thread, marks=pytest.mark.slow),
         beside_two_others,
         after_a_fresh_start,
     ],

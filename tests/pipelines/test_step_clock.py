@@ -88,7 +88,16 @@ SCHEDULES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("case", SCHEDULES.values(), ids=SCHEDULES)
+QUICK = {"UniPC", "half of the steps", "guidance in one batch"}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=name, marks=[] if name in QUICK else pytest.mark.slow)
+        for name, case in SCHEDULES.items()
+    ],
+)
 def test_the_dense_steps_are_a_share_of_those_that_run(case: Any) -> None:
     name, how, schedule, arguments, branches, steps, dense = case
     tiny = pipeline(name, how)
@@ -100,7 +109,14 @@ def test_the_dense_steps_are_a_share_of_those_that_run(case: Any) -> None:
     assert said() == {f"{dense} dense first steps, of {steps} (the pipeline)"}
 
 
-@pytest.mark.parametrize(("steps", "dense"), [(4, 0), (8, 1), (10, 1), (30, 3), (50, 5)])
+@pytest.mark.parametrize(
+    ("steps", "dense"),
+    [
+        (4, 0),
+        (10, 1),
+        *(pytest.param(*steps, marks=pytest.mark.slow) for steps in ((8, 1), (30, 3), (50, 5))),
+    ],
+)
 def test_by_default_a_tenth_of_the_steps_is_dense(steps: int, dense: int) -> None:
     generate(wan(), steps)
     assert logged() == [expected(range(steps), dense)]

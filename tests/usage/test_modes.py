@@ -88,7 +88,13 @@ def test_half_precision_is_as_exact_as_dense(dtype: torch.dtype, autocast: bool)
 # --- shapes ---
 
 
-@pytest.mark.parametrize("options", [DENSITY_1, SPARSE_3], ids=["density 1", "density 0.3"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(DENSITY_1, id="density 1", marks=pytest.mark.slow),
+        pytest.param(SPARSE_3, id="density 0.3"),
+    ],
+)
 def test_a_batch_is_its_elements(options: dict[str, Any]) -> None:
     model = wan()
     run, call = compiled(model, options), arguments(batch=2)
