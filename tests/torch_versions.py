@@ -80,7 +80,8 @@ def merged(page: str, new: list[list[str]]) -> str:
 def main(versions: list[str]) -> None:
     for version in versions:
         with tempfile.TemporaryDirectory() as folder:
-            PAGE.write_text(merged(PAGE.read_text(), [result(version, Path(folder))]))
+            row = result(version, Path(folder))
+        PAGE.write_text(merged(PAGE.read_text(), [row]))
 
 
 if __name__ == "__main__":
