@@ -12,8 +12,8 @@ import pytest
 import torch
 
 pytest.importorskip("diffusers")
-pytestmark = pytest.mark.slow
-EXAMPLES = Path(__file__).parents[1] / "examples"
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
 
 
 def run(name: str, tmp_path: Path, **environment: str) -> tuple[str, list[dict[str, object]]]:
@@ -48,6 +48,19 @@ def test_whole_model(tmp_path: Path) -> None:
     assert 0 < difference < 0.1
 
 
+@pytest.mark.slow
+def test_the_report_in_the_readme_is_the_example_s() -> None:
+    """The table; what was measured differs from run to run."""
+    command = [sys.executable, str(EXAMPLES / "whole_model.py")]
+    variables = os.environ | {"SVG_EAR_REPORT": "1", "SVG_EAR_INNER": "eager"}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
+    said = done.stdout + done.stderr
+    table = said[said.index("site  ") : said.index("of all FLOPs")]
+    assert table.count("\n") > 6
+    assert table in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(torch.compiler, "set_default_backend"), reason="needs torch 2.13")
 def test_unmodified(tmp_path: Path) -> None:
     """SVG_EAR=1 alone."""
