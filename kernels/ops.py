@@ -180,10 +180,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | Non
         if variable and not c.compensate:  # no centroid counts, so none need be read
             out, _ = kernels.sparse_exact(query, plan, c.scale_of(query), out)
         else:
-            scale = c.scale_of(query)
-            terms = first_order.terms(plan, scale, context.current().first_order.get(c.site, ()))
-            out = kernels.attend(query, plan, scale, out, variable, terms=terms)
-            del terms
+            chosen = context.current().first_order.get(c.site, ())
+            out = first_order.attend(query, plan, c.scale_of(query), out, variable, chosen)
         query_order = plan.query_order
         del plan  # a trial makes others, as large as this one
         keys = partial(dense_keys, key, value, attn_mask, c.site)

@@ -28,18 +28,38 @@ from ..heads import on_device
 from ..plan import SparsePlan, Terms
 
 # Bytes of the C_j, or of a few queries' M_i, of the heads that are computed at a time.
-_CHUNK_BYTES = 2**28
+_CHUNK_BYTES = 2**27
+# Bytes of the M_i that a launch of attention reads: where those of all heads are more, heads go in parts.
+_PART_BYTES = 2**28
 # cuBLAS is three times slower where rows of weights are not aligned to 16 bytes.
 _ALIGNED = 8
 
 
-def terms(plan: SparsePlan, scale: float, heads: Sequence[bool]) -> Terms | None:
-    """Of the chosen heads [H]; None where none is."""
-    if not any(heads):
-        return None
-    device, named = plan.key.device, tuple(heads)
-    chosen = context.current().remember(device, ("heads", named), lambda: on_device(named, device))
-    return Terms(chosen.places, matrices(plan, scale, chosen.numbers))
+def attend(
+    query: Tensor, plan: SparsePlan, scale: float, out: Tensor, variable: bool, chosen: Sequence[bool]
+) -> Tensor:
+    """Writes the joint softmax into out, with terms in the chosen heads [H] (none: ()); returns out.
+
+    The M_i of all heads of a long video take as much memory as its values. So they are made for some heads at a time.
+    """
+    kernel, device, named = kernels_for(query).attention.attend, query.device, tuple(chosen)
+    if not any(named):
+        return kernel(query, plan, scale, out, variable)  # type: ignore[no-any-return]
+    B, H, blocks, D = plan.query_centroids.shape
+    most = max(1, _PART_BYTES // (blocks * D * D * query.element_size()))
+    whole = most >= B * H
+    step = H if whole else -(-H // -(-H // most))
+    parts = [slice(first, first + step) for first in range(0, H, step)]
+    numbered = context.current().remember(
+        device, ("heads", named, step), lambda: [on_device(named[part], device) for part in parts]
+    )
+    for b in [slice(None)] if whole else [slice(b, b + 1) for b in range(B)]:
+        for part, heads in zip(parts, numbered, strict=True):
+            some = SparsePlan(*(x[b, part] for x in plan))
+            terms = Terms(heads.places, matrices(some, scale, heads.numbers)) if any(named[part]) else None
+            kernel(query[b, part], some, scale, out[b, part], variable, terms=terms)
+            del terms  # before the next ones are made
+    return out
 
 
 def matrices(plan: SparsePlan, scale: float, heads: Tensor) -> Tensor:

@@ -19,9 +19,10 @@ from svg_ear_compile.kernels.attention import first_order
 from svg_ear_compile.kernels.attention import triton as triton_attention
 from svg_ear_compile.kernels.blocks import permute_torch as permute
 from svg_ear_compile.kernels.blocks import permute_triton as triton_permute
+from svg_ear_compile.kernels.heads import on_device
 from svg_ear_compile.kernels.measuring import rows_torch as rows
 from svg_ear_compile.kernels.measuring import rows_triton as triton_rows
-from svg_ear_compile.kernels.plan import SparsePlan
+from svg_ear_compile.kernels.plan import SparsePlan, Terms
 from svg_ear_compile.kernels.probe import torch as probe
 from svg_ear_compile.kernels.probe import triton as triton_probe
 from svg_ear_compile.kernels.routing import triton as triton_route
@@ -105,7 +106,8 @@ def test_first_order_terms(config, head_dim):
     query, key, value = inputs(150, head_dim, batch=2, heads=3)
     plan = random_plan(query, key, value, equal=config is not WALK, num_text=20)
     chosen = (True, False, True)
-    terms = first_order.terms(plan, SCALE, chosen)
+    heads = on_device(chosen, query.device)
+    terms = Terms(heads.places, first_order.matrices(plan, SCALE, heads.numbers))
     out = triton_attention.attend(query, plan, SCALE, output_like(query), config is WALK, config, terms=terms)
     expected = reference.joint_softmax(query, plan, SCALE, first_order=chosen)
     torch.testing.assert_close(out.double(), expected, atol=5e-6, rtol=2e-5)

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from svg_ear_compile.kernels import context, ops, planning, reference
 from svg_ear_compile.kernels.attention import first_order
-from svg_ear_compile.kernels.attention import torch as attention
 from svg_ear_compile.kernels.constants import SiteConstants
 from svg_ear_compile.kernels.plan import SparsePlan
 
@@ -29,7 +28,7 @@ def inputs(length: int, seed: int = 0) -> list[Tensor]:
 
 def attend(query: Tensor, plan: SparsePlan, heads: tuple[bool, ...]) -> Tensor:
     out = torch.full_like(query, torch.nan)
-    return attention.attend(query, plan, SCALE, out, terms=first_order.terms(plan, SCALE, heads))
+    return first_order.attend(query, plan, SCALE, out, False, heads)
 
 
 @pytest.mark.parametrize("equal", [True, False], ids=["tiles", "clusters"])
@@ -92,8 +91,6 @@ def test_nothing_skipped_nothing_added() -> None:
     query, key, value = inputs(300)
     plan = random_plan(query, key, value, keep=1.0)
     assert not first_order.matrices(plan, SCALE, torch.arange(H)).any()
-    assert first_order.terms(plan, SCALE, ()) is None
-    assert first_order.terms(plan, SCALE, (False,) * H) is None
 
 
 @pytest.mark.parametrize("group", [1, 2**40])
@@ -104,6 +101,22 @@ def test_heads_in_groups_or_at_once(group: int, monkeypatch: pytest.MonkeyPatch)
     found = first_order.matrices(plan, SCALE, torch.tensor([2, 0]))
     expected = reference.first_order_matrices(plan, SCALE)[:, [2, 0]]
     torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("heads_at_a_time", [1, 2])
+def test_attention_in_parts_gives_the_same_bits(
+    heads_at_a_time: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query, key, value = inputs(300)
+    plan = random_plan(query, key, value)
+    whole, made = attend(query, plan, CHOSEN), []
+    monkeypatch.setattr(
+        first_order, "_PART_BYTES", heads_at_a_time * plan.query_centroids.shape[2] * 4 * D * D
+    )
+    matrices = first_order.matrices
+    monkeypatch.setattr(first_order, "matrices", lambda *a: made.append(matrices(*a)) or made[-1])
+    assert torch.equal(attend(query, plan, CHOSEN), whole)
+    assert max(x.shape[0] * x.shape[1] for x in made) <= heads_at_a_time
 
 
 def test_the_op_adds_them_for_the_call_s_heads() -> None:
