@@ -1,6 +1,6 @@
 """svg-ear-compile: a torch.compile backend that rewrites the attention of video diffusion transformers.
 
-    model = torch.compile(model, backend="svg_ear")
+    model = torch.compile(model, backend="svg_ear")  # or, for a diffusers pipeline: svg_ear_compile.enable(pipe)
     ...
     print(svg_ear_compile.report())
 
@@ -16,17 +16,30 @@ if TYPE_CHECKING:
     from .backend import svg_ear
     from .exceptions import SettingsError
     from .functional import attention
+    from .pipelines import disable, enable
     from .reporting import Report, report
     from .runtime.step_clock import generation
     from .settings import Settings
 
-__all__ = ["Report", "Settings", "SettingsError", "attention", "generation", "report", "svg_ear"]
+__all__ = [
+    "Report",
+    "Settings",
+    "SettingsError",
+    "attention",
+    "disable",
+    "enable",
+    "generation",
+    "report",
+    "svg_ear",
+]
 
 _HOMES = {
     "Report": "reporting",
     "Settings": "settings",
     "SettingsError": "exceptions",
     "attention": "functional",
+    "disable": "pipelines",
+    "enable": "pipelines",
     "generation": "runtime.step_clock",
     "report": "reporting",
     "svg_ear": "backend",

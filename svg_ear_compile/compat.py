@@ -147,6 +147,16 @@ def storage_key(x: Tensor) -> int:
     return int(x.untyped_storage()._cdata)
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether module.compile() was called, or the module is what torch.compile(module) returned."""
+    return module._compiled_call_impl is not None or original_module(module) is not module
+
+
+def uncompile(module: nn.Module) -> None:
+    """Takes module.compile() back."""
+    module._compiled_call_impl = None
+
+
 # --- Dynamo's graphs ---
 
 

@@ -274,6 +274,30 @@ def test_original_module() -> None:
     assert compat.original_module(model) is model
 
 
+def test_is_compiled() -> None:
+    model = nn.Linear(2, 2)
+    assert not compat.is_compiled(model)
+    assert compat.is_compiled(torch.compile(model))  # type: ignore[arg-type]
+    model.compile()
+    assert compat.is_compiled(model)
+
+
+def test_uncompile() -> None:
+    model, graphs = nn.Linear(2, 2), list[fx.GraphModule]()
+
+    def backend(gm: fx.GraphModule, _: Any) -> Any:
+        graphs.append(gm)
+        return gm.forward
+
+    model.compile(backend=backend)
+    compat.uncompile(model)
+    model(torch.ones(2))
+    assert not graphs
+    model.compile(backend=backend)
+    model(torch.ones(2))
+    assert graphs, "else nothing would be shown"
+
+
 def test_version() -> None:
     x = torch.zeros(2)
     before = compat.version(x)
