@@ -283,7 +283,11 @@ def test_is_compiled() -> None:
 
 
 def test_uncompile() -> None:
-    model, graphs = nn.Linear(2, 2), list[fx.GraphModule]()
+    class Model(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.sin()
+
+    model, graphs = Model(), list[fx.GraphModule]()
 
     def backend(gm: fx.GraphModule, _: Any) -> Any:
         graphs.append(gm)
