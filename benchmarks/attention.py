@@ -146,12 +146,12 @@ def measure(
     )  # fmt: skip
     scale, mask = shape.head_dim**-0.5, padding_mask(shape)
     splits, terms = (of_heads(share, shape.heads) for share in FORMS.get(preset, (0.0, 0.0)))
-    forms = {"split_heads": {0: splits}, "first_order": {0: terms}}
-    first = context.RunContext(strict=True, **forms)
+    decided = context.Decisions({0: context.SiteDecision("", density, splits, terms)}, strict=True)
+    first = context.RunContext(decided)
     with context.active(first):
         plan = SparsePlan(*torch.ops.svg_ear.clustered_permute(*inputs[0], mask, *constants))
-    totals = first.totals[0]
-    with context.active(context.RunContext(strict=True, **forms)):
+    totals = first.results.totals[0]
+    with context.active(context.RunContext(decided)):
         out = torch.ops.svg_ear.attention(*inputs[0], mask, *constants)
     heads = sorted({0, shape.heads // 2, shape.heads - 1})
     worst, overall = error_to_plan(out, inputs[0][0], plan, scale, heads, terms)
@@ -159,12 +159,12 @@ def measure(
     del plan
 
     # One context per input: what is carried from call to call (k-means centroids) belongs to one input.
-    calls = [context.RunContext(strict=True, **forms) for _ in inputs]
+    calls = [context.RunContext(decided) for _ in inputs]
     anew = told.order == "splits"
 
     def whole(i: int) -> None:
         if anew:
-            calls[i % len(inputs)].carried.clear()  # made anew: used again, they would cost nothing
+            calls[i % len(inputs)].memo.carried.clear()  # made anew: used again, they would cost nothing
         with context.active(calls[i % len(inputs)]):
             torch.ops.svg_ear.attention(*inputs[i % len(inputs)], mask, *constants)
 

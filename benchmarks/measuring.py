@@ -56,7 +56,7 @@ def calls_of_a_generation() -> list[Counter[str]]:
         for branch in range(BRANCHES):
             for layer in layers:
                 decision = controller.decide(layer, branch)
-                steps[-1][_kind(decision.dense, decision.measure)] += 1
+                steps[-1][_kind(decision)] += 1
                 log = CallLog(
                     0, 0, layer.number, branch, step, decision, _sums(decision, told.target_error or 0.0)
                 )
@@ -68,16 +68,18 @@ def _sums(decision: Decision, target: float) -> Sums | None:
     """What the ops would have measured in a call."""
     if decision.measure is None:
         return None
+    _, densities, orders, terms = decision.measure
     own = [] if decision.density is None else [decision.density]
-    tried = [d for _ in decision.orders or ("",) for d in decision.measure for _ in range(1 + decision.terms)]
+    tried = [d for _ in orders or ("",) for d in densities for _ in range(1 + terms)]
     errors = [target * math.exp(RATE * (DENSITY - d)) for d in own + tried]
     return Sums(torch.tensor([[error**2, 1.0] for error in errors])[..., None, None])
 
 
-def _kind(dense: str, measure: Sequence[float] | None) -> str:
-    if dense:
-        return CHOOSING_DENSE if measure else PLAIN_DENSE
-    return PLAIN if measure is None else CHOOSING if measure else MEASURED
+def _kind(decision: Decision) -> str:
+    measure = decision.measure
+    if decision.dense:
+        return PLAIN_DENSE if measure is None else CHOOSING_DENSE
+    return PLAIN if measure is None else CHOOSING if measure.densities else MEASURED
 
 
 def of_a_generation(times: dict[str, float], steps: Sequence[Counter[str]]) -> dict[str, float]:
@@ -97,7 +99,8 @@ def of_a_generation(times: dict[str, float], steps: Sequence[Counter[str]]) -> d
 
 
 def measure(shape: Shape, inputs: Inputs, density: float, repeats: int) -> dict[str, Any]:
-    routing, fixed = Settings().routing, {}
+    routing = Settings().routing
+    made: dict[Any, Any] = {}
     constants = (
         None, shape.text, shape.text_first, list(shape.grid), "auto", routing, True, density, 0, 0,
     )  # fmt: skip
@@ -105,11 +108,9 @@ def measure(shape: Shape, inputs: Inputs, density: float, repeats: int) -> dict[
     measured: dict[str, torch.Tensor] = {}
 
     def time(i: int, name: str, request: context.Measure | None, dense: bool) -> float:
-        running = context.RunContext(
-            strict=True, measure={} if request is None else {0: request}, fixed=fixed,
-            dense={0: "to be timed"} if dense else {},
-        )  # fmt: skip
-        running.seen_keys[0] = shape.length - shape.padded
+        decision = context.SiteDecision("to be timed" if dense else "", density, measure=request)
+        memo = context.Memo(seen_keys={0: shape.length - shape.padded}, made=made)
+        running = context.RunContext(context.Decisions({0: decision}, strict=True), memo=memo)
 
         def call(_: int) -> None:
             with context.active(running):
@@ -117,7 +118,7 @@ def measure(shape: Shape, inputs: Inputs, density: float, repeats: int) -> dict[
 
         found = milliseconds(call, 1)  # behind one of its kind: the clock depends on what ran before
         if request is not None:
-            measured[name] = running.measured[0]
+            measured[name] = running.results.measured[0]
         return found
 
     kinds = {

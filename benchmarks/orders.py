@@ -119,7 +119,7 @@ class Layer:
         c = SiteConstants(
             None, num_text, self.text_first, self.grid, order, "output_error", True, density, 0, 0
         )
-        with context.active(context.RunContext(carried={} if carried is None else carried)):
+        with context.active(context.RunContext(memo=context.Memo({} if carried is None else carried))):
             plan = planning.make_plan(self.query, self.key, self.value, self.mask, c)
         tokens, exact = drawn
         return measure.planned_errors(self.query, [plan], exact, tokens, c.scale_of(self.query), terms).sum(2)

@@ -1,22 +1,25 @@
-"""What does the host tell the ops about the call that is running?
+"""What does the host tell the ops about the call that is running, and what do they tell the host?
 
 The constants of a site are in the graph. What changes from call to call (is this layer dense at this step?
-which frame grid? which centroids to go on from?) is decided on the host just before the compiled graph runs.
-It lies here, per thread, until the graph returns. Without a context, an op that is called directly runs
-sparse and keeps nothing. An op of a rewritten graph runs dense, because its host is gone (`SiteConstants.host`).
+which frame grid?) is decided on the host just before the compiled graph runs. A RunContext holds these
+`Decisions`, the `Results` of the ops, and a `Memo` of what later calls use again, per thread, until the graph
+returns. Without a context, an op that is called directly runs sparse and keeps nothing. An op of a rewritten
+graph runs dense, because its host is gone (`SiteConstants.host`).
 """
 
 from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+from .constants import SiteConstants
 
 _T = TypeVar("_T")
 # How many things are remembered at a time: the orders and offsets of a few resolutions, and for each layer which heads
@@ -55,60 +58,83 @@ class Measure(NamedTuple):
     first_order: bool = False
 
 
-@dataclass
-class RunContext:
-    """One call of one compiled graph. Keys of the dictionaries are the numbers of sites, unless said otherwise.
+@dataclass(frozen=True, slots=True)
+class SiteDecision:
+    """What the host decided about one site of a call.
 
-    Decided by the host before the call:
-    dense: why a site runs dense in this call. A site that is missing runs sparse. The ops add sites that
-        fail, or whose call turns out too small.
-    density: what a sparse call may spend, instead of the constant of the site.
-    split_heads: [H], which heads go by splits although the grid is known (order "auto"); missing: none.
-    first_order: [H], which heads get first-order terms (kernels/attention/first_order.py); missing: none.
-    measure: what to measure. audit: whether sparse calls also measure their error over all rows.
-    grid: (frames, height, width) in tokens, where only the arguments of this call show it.
-    mask_ids: sites with the same number share one mask tensor in this call, so it is read once.
-    names: module paths. strict: raise instead of running dense after an error.
-
-    Found by the ops:
-    measured: [errors,2,B,H] float32 on the device: the error of a sparse call, then those of what was tried.
-    audited: the same over all rows.
-    counters: fallbacks by reason. totals: computed areas; None where they are not added up, since the
-        replays of a CUDA graph would not be counted.
-
-    Kept for later calls:
-    carried: what clustering left for this layer and guidance branch: k-means its centroids of queries and
-        keys, to go on from; splits their orders, to be used again.
-    seen_keys: by mask number, how many keys a mask shows if it shows the first ones, and as many in each
-        batch element; else None.
-    fixed: what depends on shapes alone (`remember`). warned: kinds of errors that were warned of.
-    Several calls may share carried, fixed, counters, totals, warned and names.
+    dense: why the site runs dense in this call; "": it runs sparse. density: what a sparse call may spend;
+    None: whatever the routing finds. split_heads: [H], which heads go by splits although the grid is known
+    (order "auto"); empty: none. first_order: [H], which heads get first-order terms
+    (kernels/attention/first_order.py); empty: none. measure: what to measure, or None.
     """
 
-    dense: dict[int, str] = field(default_factory=dict)
-    density: dict[int, float | None] = field(default_factory=dict)
-    split_heads: dict[int, tuple[bool, ...]] = field(default_factory=dict)
-    first_order: dict[int, tuple[bool, ...]] = field(default_factory=dict)
-    measure: dict[int, Measure] = field(default_factory=dict)
-    audit: bool = False
+    dense: str = ""
+    density: float | None = None
+    split_heads: tuple[bool, ...] = ()
+    first_order: tuple[bool, ...] = ()
+    measure: Measure | None = None
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """What the host decided before the call. Nothing changes it afterwards.
+
+    sites: by number. A site that is missing runs sparse, with the density of its constants.
+    grid: (frames, height, width) in tokens, where only the arguments of this call show it.
+    mask_ids: sites with the same number share one mask tensor in this call, so it is read once.
+    names: module paths, by site. strict: raise instead of running dense after an error.
+    audit: whether sparse calls also measure their error over all rows.
+    """
+
+    sites: Mapping[int, SiteDecision] = field(default_factory=dict)
     grid: tuple[int, int, int] | None = None
-    mask_ids: dict[int, int] = field(default_factory=dict)
-    names: dict[int, str] = field(default_factory=dict)
+    mask_ids: Mapping[int, int] = field(default_factory=dict)
+    names: Mapping[int, str] = field(default_factory=dict)
     strict: bool = False
+    audit: bool = False
 
-    measured: dict[int, Tensor] = field(default_factory=dict)
-    audited: dict[int, Tensor] = field(default_factory=dict)
-    counters: Counter[str] = field(default_factory=Counter)
-    totals: dict[int, SiteTotals] | None = field(default_factory=dict)
-
-    carried: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    seen_keys: dict[int, int | None] = field(default_factory=dict)
-    fixed: dict[Hashable, Any] = field(default_factory=dict)
-    warned: set[str] = field(default_factory=set)
+    def of(self, c: SiteConstants) -> SiteDecision:
+        """The decision about a site."""
+        return self.sites.get(c.site) or SiteDecision(density=c.density)
 
     def name_of(self, site: int) -> str:
         """How messages name the site."""
         return f"attention site {site}" + (f" ({self.names[site]})" if self.names.get(site) else "")
+
+
+@dataclass
+class Results:
+    """What the ops found. Keys are the numbers of sites.
+
+    dense: why a site ran dense that should have run sparse: it failed, or its call is too small.
+    measured: [errors,2,B,H] float32 on the device: the error of a sparse call, then those of what was tried.
+    audited: the same over all rows. fallbacks: how many, by reason. totals: computed areas.
+    Several calls may share fallbacks and totals.
+    """
+
+    dense: dict[int, str] = field(default_factory=dict)
+    measured: dict[int, Tensor] = field(default_factory=dict)
+    audited: dict[int, Tensor] = field(default_factory=dict)
+    fallbacks: Counter[str] = field(default_factory=Counter)
+    totals: dict[int, SiteTotals] = field(default_factory=dict)
+
+
+@dataclass
+class Memo:
+    """What is kept for later calls.
+
+    carried: by site, what clustering left for this layer and guidance branch: k-means its centroids of
+        queries and keys, to go on from; splits their orders, to be used again.
+    seen_keys: by mask number, how many keys a mask shows if it shows the first ones, and as many in each
+        batch element; else None.
+    made: what depends on shapes alone (`remember`). warned: kinds of errors that were warned of.
+    Several calls may share made and warned.
+    """
+
+    carried: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    seen_keys: dict[int, int | None] = field(default_factory=dict)
+    made: dict[Hashable, Any] = field(default_factory=dict)
+    warned: set[str] = field(default_factory=set)
 
     def remember(self, device: torch.device, key: Hashable, make: Callable[[], _T]) -> _T:
         """make(), or what it returned when it was last called for this key.
@@ -121,12 +147,21 @@ class RunContext:
                 return make()
             key = (key, torch.cuda.current_stream(device))
         key = (key, device)
-        found: _T | None = self.fixed.get(key)
+        found: _T | None = self.made.get(key)
         if found is None:
-            for oldest in [*self.fixed][: len(self.fixed) + 1 - _REMEMBERED]:
-                self.fixed.pop(oldest, None)  # another thread may have taken it out
-            found = self.fixed[key] = make()
+            for oldest in [*self.made][: len(self.made) + 1 - _REMEMBERED]:
+                self.made.pop(oldest, None)  # another thread may have taken it out
+            found = self.made[key] = make()
         return found
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """One call of one compiled graph: what was decided, what was found, and what is kept."""
+
+    decisions: Decisions = field(default_factory=Decisions)
+    results: Results = field(default_factory=Results)
+    memo: Memo = field(default_factory=Memo)
 
 
 _thread = threading.local()

@@ -32,14 +32,15 @@ def _seen_keys(attn_mask: Tensor, site: int) -> int | None:
     A mask is read once a call at most: svg_ear_compile/runtime/key_padding.py knows masks from earlier calls.
     """
     call = context.current()
-    number = call.mask_ids.get(site, site)
+    number = call.decisions.mask_ids.get(site, site)
     if capture.is_recorded(attn_mask):  # a replay's mask may be another one
         return None
     if site == OWN_CALL:
         return read_seen_keys(attn_mask)
-    if number not in call.seen_keys:
-        call.seen_keys[number] = read_seen_keys(attn_mask)
-    return call.seen_keys[number]
+    known = call.memo.seen_keys
+    if number not in known:
+        known[number] = read_seen_keys(attn_mask)
+    return known[number]
 
 
 def read_seen_keys(attn_mask: Tensor) -> int | None:

@@ -22,14 +22,17 @@ _T = TypeVar("_T")
 
 
 def is_dense(query: Tensor, c: SiteConstants) -> bool:
-    """Whether this call of a site is dense. If it is too small, the context gets the reason."""
+    """Whether this call of a site is dense. If it is too small, the results get the reason."""
     if c.host and not context.inside():
         _warn_of_no_host()
         return True
     call = context.current()
-    if c.site not in call.dense and (reason := c.too_small(query, call.grid)):
-        call.dense[c.site] = reason
-    return c.site in call.dense
+    if call.decisions.of(c).dense:
+        return True
+    found = call.results.dense
+    if c.site not in found and (reason := c.too_small(query, call.decisions.grid)):
+        found[c.site] = reason
+    return c.site in found
 
 
 def sparse_or_dense(
@@ -51,8 +54,8 @@ def sparse_or_dense(
                 # After a CUDA error every further call fails too: falling back would only hide its origin.
                 if isinstance(error, torch.AcceleratorError) or not (alone or context.inside()):
                     raise
-                if call.strict:
-                    raise SiteError(f"svg_ear: {call.name_of(c.site)} failed: {error!r}") from error
+                if call.decisions.strict:
+                    raise SiteError(f"svg_ear: {call.decisions.name_of(c.site)} failed: {error!r}") from error
                 _record_failure(call, c.site, error)
         return dense()
 
@@ -69,13 +72,12 @@ def _warn_of_no_host() -> None:
 
 def _record_failure(call: context.RunContext, site: int, error: Exception) -> None:
     kind = type(error).__name__
-    call.dense[site] = f"failed: {kind}"
-    call.measure.pop(site, None)  # a trial would only fail once more
-    call.counters[f"fallback: {kind}"] += 1
-    warn_once(call, kind, f"{call.name_of(site)} ran dense because of {error!r}")
+    call.results.dense[site] = f"failed: {kind}"
+    call.results.fallbacks[f"fallback: {kind}"] += 1
+    warn_once(call, kind, f"{call.decisions.name_of(site)} ran dense because of {error!r}")
 
 
 def warn_once(call: context.RunContext, kind: str, message: str) -> None:
-    if kind not in call.warned:
-        call.warned.add(kind)
+    if kind not in call.memo.warned:
+        call.memo.warned.add(kind)
         warnings.warn(f"svg_ear: {message}", RuntimeWarning, stacklevel=4)

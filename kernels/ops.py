@@ -180,7 +180,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | Non
         if variable and not c.compensate:  # no centroid counts, so none need be read
             out, _ = kernels.sparse_exact(query, plan, c.scale_of(query), out)
         else:
-            chosen = context.current().first_order.get(c.site, ())
+            chosen = context.current().decisions.of(c).first_order
             out = first_order.attend(query, plan, c.scale_of(query), out, variable, chosen)
         query_order = plan.query_order
         del plan  # a trial makes others, as large as this one

@@ -39,12 +39,12 @@ def make_plan(
     attn_mask: [B or 1, 1, 1, L] bool, True where a key may be seen, or None.
     """
     call = context.current()
-    density = call.density.get(c.site, c.density)
+    density = call.decisions.of(c).density
     blocks = arrange(query, key, value, attn_mask, c)
     plan, areas = route(blocks, probe(blocks, c, density is None), c, density)
-    if call.totals is not None:
+    if not capture.is_recorded(query):  # replays would not be counted
         B, H, L, _ = query.shape
-        call.totals.setdefault(c.site, context.SiteTotals()).add(areas, B * H * (L - c.num_text) ** 2)
+        call.results.totals.setdefault(c.site, context.SiteTotals()).add(areas, B * H * (L - c.num_text) ** 2)
     return plan
 
 
@@ -56,21 +56,21 @@ def arrange(
     B, _, L, _ = query.shape
     valid = None if attn_mask is None else attn_mask[:, 0, 0, :].expand(B, L)
     of_queries, of_keys = block_counts(L, c.num_text, c.order)
-    grid = tuple(c.grid) or call.grid
+    grid = tuple(c.grid) or call.decisions.grid
     if grid is not None and math.prod(grid) != L - c.num_text:
         grid = None
     alone = capture.is_recorded(query) or c.site == OWN_CALL
-    carried = (None, None) if alone else call.carried.get(c.site, (None, None))
-    split_heads = call.split_heads.get(c.site, ())
+    carried = (None, None) if alone else call.memo.carried.get(c.site, (None, None))
+    split_heads = call.decisions.of(c).split_heads
     places = None
     if c.shards > 1 and c.num_text > 0:
         name = ("places", L, c.num_text, c.text_first, c.shards)
-        places = call.remember(query.device, name, lambda: of_shards(L, c, query.device))
-    how = (c.num_text, c.text_first, c.order, grid, c.seed, split_heads, call.remember, places)
+        places = call.memo.remember(query.device, name, lambda: of_shards(L, c, query.device))
+    how = (c.num_text, c.text_first, c.order, grid, c.seed, split_heads, call.memo.remember, places)
     queries, query_state = cluster.make_blocks(query, None, of_queries, QUERY_BLOCK, carried[0], *how)
     keys, key_state = cluster.make_blocks(key, valid, of_keys, KEY_BLOCK, carried[1], *how)
     if query_state is not None and key_state is not None and not alone:
-        call.carried[c.site] = (query_state, key_state)
+        call.memo.carried[c.site] = (query_state, key_state)
 
     permute = kernels_for(query).permute
     key_p, value_p, key_centroids, value_centroids = permute.gather_with_means(

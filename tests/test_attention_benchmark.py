@@ -50,8 +50,8 @@ def test_the_check_of_outputs_sees_what_is_missing(first_order: bool, masked: bo
     plan = SparsePlan(*torch.ops.svg_ear.clustered_permute(query, key, value, mask, *constants))
 
     def error(of_output: bool) -> float:
-        terms = {0: (of_output,) * 2}
-        with context.active(context.RunContext(strict=True, first_order=terms)):
+        decision = context.SiteDecision(density=0.3, first_order=(of_output,) * 2)
+        with context.active(context.RunContext(context.Decisions({0: decision}, strict=True))):
             out = torch.ops.svg_ear.attention(query, key, value, mask, *constants)
         found: float = benchmark.error_to_plan(out, query, plan, 16**-0.5, [0, 1], (first_order,) * 2)[1]
         return found
@@ -68,7 +68,7 @@ def test_clustering_is_watched_and_still_done(order: str) -> None:
     constants = (None, 0, False, [4, 6, 6], order, "output_error", True, 0.3, 0, 0)
 
     def call() -> torch.Tensor:
-        with context.active(context.RunContext(strict=True)):
+        with context.active(context.RunContext(context.Decisions(strict=True))):
             return torch.ops.svg_ear.attention(*qkv, None, *constants)
 
     seen: list[Any] = []

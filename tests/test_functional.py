@@ -100,7 +100,7 @@ def test_in_a_call_of_a_compiled_graph_it_shares_nothing() -> None:
     masks = [padding(x[0].shape[2], hidden) for x, hidden in zip(arguments, (900, 960, 500), strict=True)]
     cases = list(zip(arguments, masks, strict=True))
     alone = [attention(*x, density=0.3, mask=mask) for x, mask in cases]
-    with context.active(context.RunContext(strict=True)):
+    with context.active(context.RunContext(context.Decisions(strict=True))):
         for (x, mask), want in zip(cases, alone, strict=True):
             assert torch.equal(attention(*x, density=0.3, mask=mask), want)
 

@@ -50,7 +50,7 @@ def attend(
     whole = most >= B * H
     step = H if whole else -(-H // -(-H // most))
     parts = [slice(first, first + step) for first in range(0, H, step)]
-    numbered = context.current().remember(
+    numbered = context.current().memo.remember(
         device, ("heads", named, step), lambda: [on_device(named[part], device) for part in parts]
     )
     for b in [slice(None)] if whole else [slice(b, b + 1) for b in range(B)]:

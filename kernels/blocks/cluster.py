@@ -20,7 +20,7 @@ from .cubes import cubes
 from .places import Places
 from .splits import splits
 
-# context.RunContext.remember
+# context.Memo.remember
 Remember = Callable[[torch.device, Hashable, Callable[[], Any]], Any]
 
 

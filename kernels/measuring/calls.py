@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from torch import Tensor
 from svg_ear_compile.exceptions import SiteError
 
 from .. import capture, context, planning
-from ..constants import SiteConstants
+from ..constants import OWN_CALL, SiteConstants
 from ..dense import drop_noop_mask
 from ..fallback import warn_once
 from ..plan import SparsePlan
@@ -31,7 +30,7 @@ def measure_call(
     if capture.is_recorded(query):
         return
     call = context.current()
-    request = call.measure.get(c.site)
+    request = call.decisions.of(c).measure
     scale = c.scale_of(query)
     if request is not None:
 
@@ -45,21 +44,26 @@ def measure_call(
             exact = measure.exact_rows(measure.rows(query, tokens), *keys(), scale)
             return torch.cat([error, trial(tokens, exact)])
 
-        _lay(call.measured, c, sampled)
-    if call.audit:
-        _lay(call.audited, c, lambda: measure.true_error(query, *keys(), out, scale)[None])
+        _lay(call.results.measured, c, sampled)
+    if call.decisions.audit:
+        _lay(call.results.audited, c, lambda: measure.true_error(query, *keys(), out, scale)[None])
 
 
 def measure_dense(out: Tensor, c: SiteConstants, trial: Callable[[Tensor, Tensor], Tensor]) -> None:
     """In a dense call: measures what sparse calls would have lost, if the host asked for it."""
-    request = context.current().measure.get(c.site)
-    if request is not None and request.densities and not capture.is_recorded(out):
+    call = context.current()
+    request = call.decisions.of(c).measure
+    if request is None or not request.densities or capture.is_recorded(out):
+        return
+    if c.site in call.results.dense:  # where a sparse call failed, a trial would only fail once more
+        return
+    seed = request.seed
 
-        def tried() -> Tensor:
-            tokens = measure.sample(out.shape[2], out, request.seed, measure.count(out, trial=True))
-            return trial(tokens, measure.rows(out, tokens))
+    def tried() -> Tensor:
+        tokens = measure.sample(out.shape[2], out, seed, measure.count(out, trial=True))
+        return trial(tokens, measure.rows(out, tokens))
 
-        _lay(context.current().measured, c, tried)
+    _lay(call.results.measured, c, tried)
 
 
 def try_forms(
@@ -71,15 +75,13 @@ def try_forms(
 
     [orders * densities * forms,2,B,H] float32: forms are 1, or 2, without and with first-order terms.
     """
-    call, mask = context.current(), drop_noop_mask(attn_mask, c.site)
-    request = call.measure[c.site]
+    mask, request = drop_noop_mask(attn_mask, c.site), context.current().decisions.of(c).measure
+    assert request is not None
 
     def plans(order: str) -> list[SparsePlan]:
-        site = c._replace(order=order)
         # Splits are made anew; k-means goes on from what it left.
-        carried = call.carried if order == "kmeans" else {}
-        with context.active(replace(call, split_heads={}, carried=carried)):
-            blocks = planning.arrange(query, key, value, mask, site)
+        site = c if order == "kmeans" else c._replace(order=order, site=OWN_CALL)
+        blocks = planning.arrange(query, key, value, mask, site)
         scores = planning.probe(blocks, site, without_density=False)
         return [planning.route(blocks, scores, site, density)[0] for density in request.densities]
 
@@ -98,8 +100,10 @@ def _lay(place: dict[int, Tensor], c: SiteConstants, sums: Callable[[], Tensor])
     except Exception as error:
         if isinstance(error, torch.AcceleratorError):
             raise
-        if call.strict:
-            raise SiteError(f"svg_ear: measuring {call.name_of(c.site)} failed: {error!r}") from error
+        if call.decisions.strict:
+            raise SiteError(
+                f"svg_ear: measuring {call.decisions.name_of(c.site)} failed: {error!r}"
+            ) from error
         kind = type(error).__name__
-        call.counters[f"not measured: {kind}"] += 1
-        warn_once(call, f"measuring: {kind}", f"{call.name_of(c.site)} was not measured: {error!r}")
+        call.results.fallbacks[f"not measured: {kind}"] += 1
+        warn_once(call, f"measuring: {kind}", f"{call.decisions.name_of(c.site)} was not measured: {error!r}")

@@ -17,11 +17,12 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
+from ..kernels.context import Measure, SiteDecision
 from ..settings import Settings
 from .head_variants import ORDERS, RESPLIT
 from .layers import MAX_FAILURES, Layer
@@ -42,23 +43,14 @@ RETRY = 8
 """If sparsity does not pay, a layer tries again after this many steps."""
 
 
-class Decision(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Decision(SiteDecision):
     """What a layer does in one call.
 
-    dense: why it is dense, "" if it is not; counter: the same reason for the report's counts. density: None if dense,
-    or as routed. measure: None if nothing is measured, else the densities to try besides, which may be none.
-    orders, terms: the variants that are tried (context.Measure). split_heads, first_order: as in context.RunContext.
-    anew: whether carried orders are to be made again.
+    counter: why it is dense, in the words of the report's counts. anew: whether carried orders are to be made again.
     """
 
-    dense: str = ""
     counter: str = ""
-    density: float | None = None
-    measure: tuple[float, ...] | None = None
-    orders: tuple[str, ...] = ()
-    terms: bool = False
-    split_heads: tuple[bool, ...] = ()
-    first_order: tuple[bool, ...] = ()
     anew: bool = False
 
 
@@ -117,22 +109,22 @@ class Controller:
         """What to do in one call of a layer. frozen: nothing can be read or measured now."""
         s, step = self.settings, self._step
         if step < self._dense_steps:
-            decision = Decision(
-                f"step {step + 1} of {self._dense_steps} dense warm-up steps", "warm-up steps"
-            )
+            text = f"step {step + 1} of {self._dense_steps} dense warm-up steps"
+            decision = Decision(text, counter="warm-up steps")
             return decision if s.is_dense_layer(layer.number) else self._try(decision, layer, branch, frozen)
         if s.is_dense_layer(layer.number):
-            return Decision(f"layer {layer.number} is dense", "dense layers")
+            return Decision(f"layer {layer.number} is dense", counter="dense layers")
         if layer.failures >= MAX_FAILURES:
-            return Decision(f"it failed {layer.failures} times in a row", "failed too often")
+            return Decision(f"it failed {layer.failures} times in a row", counter="failed too often")
         if layer.guarded is not None:
             text = f"its error was {layer.guarded:.3g}, more than {s.guard:.3g}"
-            return Decision(text, "error beyond max_error")
+            return Decision(text, counter="error beyond max_error")
         if self.steering is not None and not self.steering.pays:
             text = f"an error of {s.target_error:g} needs more than max_density"
-            decision = Decision(text, "sparsity would not pay")
+            decision = Decision(text, counter="sparsity would not pay")
             tries = not frozen and branch == 0 and (step + layer.number) % RETRY == 0
-            return decision._replace(measure=self._trial_densities()) if tries else decision
+            measure = self._measure(layer, branch, self._trial_densities())
+            return replace(decision, measure=measure) if tries else decision
         density = s.density if self.steering is None else self.steering.density
         if density is not None and layer.boost != 1:
             density = min(density * layer.boost, s.max_density)
@@ -140,7 +132,9 @@ class Controller:
         layer.sparse_calls[branch] = count + 1
         decision = Decision(
             density=density,
-            measure=() if not frozen and self._is_due(layer, branch, count) else None,
+            measure=self._measure(layer, branch)
+            if not frozen and self._is_due(layer, branch, count)
+            else None,
             split_heads=variants.split_heads,
             first_order=variants.first_order,
             anew=s.order != "kmeans" and count % RESPLIT == 0,
@@ -178,7 +172,13 @@ class Controller:
         else:
             return decision
         layer.variants.is_tried = True
-        return decision._replace(measure=densities, orders=self._orders, terms=s.first_order)
+        measure = self._measure(layer, branch, densities, self._orders, s.first_order)
+        return replace(decision, measure=measure)
+
+    def _measure(self, layer: Layer, branch: int, *tried: Any) -> Measure:
+        """A measurement in this call; tried: what it tries."""
+        seed = hash((self.settings.seed, layer.number, branch, self._step)) % 2**63
+        return Measure(seed, *tried)
 
     def _trial_densities(self) -> tuple[float, float]:
         """Both are within max_density."""
@@ -216,13 +216,14 @@ class Controller:
         sums, decision, key = log.sums.read(), log.decision, (log.model, log.layer)
         own = 0 if decision.dense else 1
         tried = sums[own:]
-        if len(tried) and (decision.orders or decision.terms):
-            tried = layer.variants.choose(tried, len(decision.orders), decision.terms)
+        measure = decision.measure
+        assert measure is not None
+        if len(tried) and (measure.orders or measure.first_order):
+            tried = layer.variants.choose(tried, len(measure.orders), measure.first_order)
         if decision.dense:
-            densities = decision.measure or ()
             return [
                 Sample(key, density, _clamped(error_of(*x).call))
-                for density, x in zip(densities, tried, strict=True)
+                for density, x in zip(measure.densities, tried, strict=True)
             ]
         error = _clamped(error_of(*sums[0]).call)
         self._guard(layer, decision, error)

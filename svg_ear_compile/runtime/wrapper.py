@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import context
+from ..kernels.context import Decisions, Memo, Results, RunContext, SiteDecision
 from ..passes.site import GraphInputs
 from ..reporting.records import GraphRecord
 from ..settings import Settings
@@ -73,6 +74,7 @@ class _Run(NamedTuple):
     stamp: Any
     frozen: bool
     visits: list[_Visit]
+    context: RunContext
 
 
 class SparseCallable:
@@ -83,34 +85,34 @@ class SparseCallable:
     ) -> None:
         self.compiled, self.plan, self.settings, self.record = compiled, plan, settings, record
         self._warned: set[str] = set()
-        self._fixed: dict[Any, Any] = {}
+        self._made: dict[Any, Any] = {}
         self._grids: dict[str, Grid | None] = {}
         self._lock = threading.Lock()
         self._names = {site.site: site.module_path for site in record.sites}
         self._places = _places(record, plan.sites)
 
     def __call__(self, *args: Any) -> Any:
-        call = context.RunContext(
-            strict=self.settings.strict, warned=self._warned, names=self._names, fixed=self._fixed,
-            counters=self.record.fallbacks, mask_ids=self.plan.mask_ids,
-        )  # fmt: skip
         run: _Run | None = None
         try:
-            run = self._prepare(call, args)
+            run = self._prepare(args)
+            call = run.context
         except Exception as error:  # noqa: BLE001 - whatever it was, dense attention is still right
             self._fail(error, "before a call")
-            call.dense = dict.fromkeys(self.plan.sites, "failed before the call")
-        planned = set(call.dense)
+            failed = SiteDecision("failed before the call")
+            call = RunContext(Decisions(dict.fromkeys(self.plan.sites, failed), mask_ids=self.plan.mask_ids))
         with context.active(call):
             out = self.compiled(*args)
         try:
-            self._finish(call, args, planned, run)
+            if run is None:
+                self.record.count(dense=dict.fromkeys(self.plan.sites, "failures"))
+            else:
+                self._finish(run, args)
         except Exception as error:  # noqa: BLE001 - the output is right all the same
             self._fail(error, "after a call")
         return out
 
-    def _prepare(self, call: context.RunContext, args: tuple[Any, ...]) -> _Run:
-        """Fills the context."""
+    def _prepare(self, args: tuple[Any, ...]) -> _Run:
+        """Before the call: finds out who calls, decides, and fills the context."""
         plan, settings, record = self.plan, self.settings, self.record
         who = caller()
         generation, calls = step_clock.tick(who, tuple(self._places.values()), settings.num_steps)
@@ -120,45 +122,44 @@ class SparseCallable:
         is_cuda = device.type == "cuda"
         frozen = is_cuda and torch.cuda.is_current_stream_capturing()
         stream = torch.cuda.current_stream(device) if is_cuda else None
-        call.totals = None if frozen else record.totals_on(device)
-        call.audit = settings.audit and not frozen
+        grid = None
         if plan.needs_grid and plan.inputs.rotary:
-            call.grid = record.grid = self._grid([args[i] for i in plan.inputs.rotary], generation, frozen)
-        for number, mask in plan.masks.items():
-            key_padding.recall(calls.key_padding, call.seen_keys, number, args, mask)
+            grid = record.grid = self._grid([args[i] for i in plan.inputs.rotary], generation, frozen)
 
         num_steps = generation.num_steps if generation.num_steps is not None else settings.num_steps
         dense_steps = generation.warm_up(settings.dense_steps, num_steps)
         record.steps = _words(generation, settings.num_steps, dense_steps)
-        knows_grid = not plan.needs_grid or call.grid is not None
         if settings not in generation.memos:
-            generation.memos[settings] = Controller(settings, knows_grid)
+            generation.memos[settings] = Controller(settings, not plan.needs_grid or grid is not None)
         controller: Controller = generation.memos[settings]
         controller.begin(generation.step, dense_steps, num_steps)
-        run = _Run(generation, calls, controller, (shape, device, stream), frozen, [])
-        for site in plan.sites:
-            layer = calls.layer((id(who.layer), self._places[site]))
-            decision = controller.decide(layer, calls.branch, frozen)
-            run.visits.append(_Visit(site, layer, decision))
-            self._lay_out(call, run, run.visits[-1])
+        layers = {site: calls.layer((id(who.layer), self._places[site])) for site in plan.sites}
+        visits = [
+            _Visit(site, layer, controller.decide(layer, calls.branch, frozen))
+            for site, layer in layers.items()
+        ]
+        call = RunContext(
+            Decisions(
+                {visit.site: visit.decision for visit in visits},
+                grid, plan.mask_ids, self._names, settings.strict, settings.audit,
+            ),
+            Results(fallbacks=record.fallbacks, totals=record.totals_on(device)),
+            Memo(made=self._made, warned=self._warned),
+        )  # fmt: skip
+        run = _Run(generation, calls, controller, (shape, device, stream), frozen, visits, call)
+        self._recall(run, args)
         return run
 
-    def _lay_out(self, call: context.RunContext, run: _Run, visit: _Visit) -> None:
-        """Puts a decision into the context."""
-        site, layer, decision = visit
-        if decision.measure is not None:
-            seed = hash((self.settings.seed, layer.number, run.calls.branch, run.generation.step)) % 2**63
-            call.measure[site] = context.Measure(seed, decision.measure, decision.orders, decision.terms)
-        if decision.dense:
-            call.dense[site] = decision.dense
-        else:
-            call.density[site] = decision.density
-            call.split_heads[site] = decision.split_heads
-            call.first_order[site] = decision.first_order
-        if self._carries(run, decision) and not decision.anew:
-            carried = layer.recall(run.calls.branch, run.stamp)
-            if carried is not None:
-                call.carried[site] = carried
+    def _recall(self, run: _Run, args: tuple[Any, ...]) -> None:
+        """Puts what earlier calls left into the memo."""
+        memo, calls = run.context.memo, run.calls
+        for number, mask in self.plan.masks.items():
+            key_padding.recall(calls.key_padding, memo.seen_keys, number, args, mask)
+        for site, layer, decision in run.visits:
+            if self._carries(run, decision) and not decision.anew:
+                carried = layer.recall(calls.branch, run.stamp)
+                if carried is not None:
+                    memo.carried[site] = carried
 
     def _carries(self, run: _Run, decision: Decision) -> bool:
         """Whether this call clusters tokens, and may use the result again."""
@@ -193,23 +194,18 @@ class SparseCallable:
             what = "a graph runs dense" if when == "before a call" else "a call was not counted"
             warnings.warn(f"svg_ear: {what} because of {error!r}", RuntimeWarning, stacklevel=3)
 
-    def _finish(
-        self, call: context.RunContext, args: tuple[Any, ...], planned: set[int], run: _Run | None
-    ) -> None:
+    def _finish(self, run: _Run, args: tuple[Any, ...]) -> None:
         """After the call: records which sites ran sparse, what they measured, and what their masks show."""
-        record = self.record
-        if run is None:
-            record.count(dense=dict.fromkeys(self.plan.sites, "failures"))
-            return
+        record, results, memo = self.record, run.context.results, run.context.memo
         dense, logs = {}, []
         for site, layer, decision in run.visits:
-            measured, audited = call.measured.get(site), call.audited.get(site)
-            if site in call.dense and site not in planned:  # what it measured was meant for a sparse call
-                failed = call.dense[site].startswith("failed")
+            measured, audited = results.measured.get(site), results.audited.get(site)
+            if reason := results.dense.get(site):  # what it measured was meant for a sparse call
+                failed = reason.startswith("failed")
                 layer.failures += failed
-                decision = Decision(call.dense[site], "failures" if failed else call.dense[site])
+                decision = Decision(reason, counter="failures" if failed else reason)
                 measured = audited = None
-            elif site not in call.dense:
+            elif not decision.dense:
                 layer.failures = 0
             if decision.dense:
                 dense[site] = decision.counter
@@ -221,11 +217,11 @@ class SparseCallable:
             run.controller.ran(layer, log)
             if run.calls.ends:
                 layer.carried.clear()
-            elif self._carries(run, decision) and site in call.carried:
-                layer.keep(run.calls.branch, run.stamp, call.carried[site])
+            elif self._carries(run, decision) and site in memo.carried:
+                layer.keep(run.calls.branch, run.stamp, memo.carried[site])
         record.count(dense, run.generation.number, logs)
         for number, mask in self.plan.masks.items():
-            key_padding.keep(run.calls.key_padding, call.seen_keys, number, args, mask)
+            key_padding.keep(run.calls.key_padding, memo.seen_keys, number, args, mask)
 
 
 def _places(record: GraphRecord, sites: Sequence[int]) -> dict[int, Any]:

@@ -82,8 +82,9 @@ def every_kernel() -> None:
         seen = mask if masked else None
         fixed: tuple[Any, ...] = (None, TEXT, False, list(GRID), order, routing, True, 0.3, 0, 0)
         terms = (order != "kmeans", False)  # the presets of the papers have none
-        tried = {0: context.Measure(1, (0.3,), (), any(terms))}
-        with context.active(context.RunContext(strict=True, first_order={0: terms}, measure=tried)):
+        tried = context.Measure(1, (0.3,), (), any(terms))
+        decision = context.SiteDecision(density=0.3, first_order=terms, measure=tried)
+        with context.active(context.RunContext(context.Decisions({0: decision}, strict=True))):
             out = torch.ops.svg_ear.attention(query, key, value, seen, *fixed)
             parts = torch.ops.svg_ear.clustered_permute(query, key, value, seen, *fixed)
             exact = torch.ops.svg_ear.sparse_exact(query, key, value, seen, *parts, *fixed)

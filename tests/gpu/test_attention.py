@@ -210,7 +210,7 @@ def test_density_one_equals_dense(order, text, first, masked):
     if masked:
         mask = torch.ones(2, 1, 1, length, dtype=torch.bool, device="cuda")
         mask[1, ..., -40:] = False
-    with context.active(context.RunContext(strict=True)):
+    with context.active(context.RunContext(context.Decisions(strict=True))):
         out = torch.ops.svg_ear.attention(
             query, key, value, mask, None, text, first, list(grid), order, "output_error", True, 1.0, 0, 0
         )
@@ -228,9 +228,9 @@ def test_three_ops_equal_the_merged_one_and_the_plan(order, routing):
     query, key, value = inputs(length, 128, torch.bfloat16)
     constants = (None, 33, False, list(grid), order, routing, True, 0.3, 0, 0)
     svg_ear = torch.ops.svg_ear
-    with context.active(context.RunContext(strict=True)):
+    with context.active(context.RunContext(context.Decisions(strict=True))):
         merged = svg_ear.attention(query, key, value, None, *constants)
-    with context.active(context.RunContext(strict=True)):
+    with context.active(context.RunContext(context.Decisions(strict=True))):
         plan = svg_ear.clustered_permute(query, key, value, None, *constants)
         exact, lse = svg_ear.sparse_exact(query, key, value, None, *plan, *constants)
         three = svg_ear.centroid_compensation(query, exact, lse, *plan, *constants)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from typing import Any
 
 import pytest
 import torch
@@ -24,13 +25,15 @@ CONSTANTS = SiteConstants(None, TEXT, False, list(GRID), "auto", "output_error",
 
 
 def attend(
-    qkv: tuple[Tensor, ...], request: context.Measure, dense: bool = False, mask: Tensor | None = None
-) -> tuple[Tensor, context.RunContext]:
-    call = context.RunContext(strict=True, measure={SITE: request}, dense={SITE: "a test"} if dense else {})
+    qkv: tuple[Tensor, ...], request: context.Measure, dense: bool = False, mask: Tensor | None = None,
+    **decision: Any,
+) -> tuple[Tensor, context.Results]:  # fmt: skip
+    decided = context.SiteDecision("a test" if dense else "", CONSTANTS.density, measure=request, **decision)
+    call = context.RunContext(context.Decisions({SITE: decided}, strict=True))
     if mask is not None:
-        call.seen_keys[SITE] = None
+        call.memo.seen_keys[SITE] = None
     with context.active(call):
-        return torch.ops.svg_ear.attention(*qkv, mask, *CONSTANTS), call
+        return torch.ops.svg_ear.attention(*qkv, mask, *CONSTANTS), call.results
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -70,12 +73,7 @@ def test_forms_are_what_sparse_calls_of_them_measure(monkeypatch):
     request, forms = context.Measure(1, (density,), ("cubes", "splits"), True), []
     for split in ((), (True,) * 3):
         for first_order in ((), (True,) * 3):
-            one = context.RunContext(
-                strict=True, measure={SITE: context.Measure(1)}, split_heads={SITE: split},
-                first_order={SITE: first_order},
-            )  # fmt: skip
-            with context.active(one):
-                torch.ops.svg_ear.attention(*qkv, None, *CONSTANTS)
+            _, one = attend(qkv, context.Measure(1), split_heads=split, first_order=first_order)
             forms.append(one.measured[SITE])
     expected = torch.cat(forms)
     _, dense = attend(qkv, request, dense=True)
@@ -110,16 +108,17 @@ def test_a_measurement_takes_a_small_share_of_the_call(heads, share):
     constants = SiteConstants(None, 0, False, list(grid), "auto", "output_error", True, 0.25, 0, SITE)
 
     def milliseconds(measured: bool) -> float:
-        request = {SITE: context.Measure(1)} if measured else {}
+        decision = context.SiteDecision(density=0.25, measure=context.Measure(1) if measured else None)
+        call = context.RunContext(context.Decisions({SITE: decision}, strict=True), memo=memo)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        with context.active(context.RunContext(strict=True, measure=request, fixed=fixed)):
+        with context.active(call):
             start.record()
             torch.ops.svg_ear.attention(*as_models, None, *constants)
             end.record()
         end.synchronize()
         return start.elapsed_time(end)
 
-    fixed: dict = {}
+    memo = context.Memo()
     times = [(milliseconds(False), milliseconds(True)) for _ in range(18)][3:]
     without, with_it = (statistics.median(column) for column in zip(*times, strict=True))
     print(f"{without:.2f} ms, measured {with_it:.2f} ms: {with_it / without - 1:+.2%} of the call")

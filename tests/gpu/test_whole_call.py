@@ -24,7 +24,7 @@ def constants(
 
 
 def attend(qkv, mask: Tensor | None, fixed: tuple[Any, ...]) -> Tensor:
-    with context.active(context.RunContext(strict=True)):
+    with context.active(context.RunContext(context.Decisions(strict=True))):
         return torch.ops.svg_ear.attention(*qkv, mask, *fixed)
 
 
@@ -53,8 +53,10 @@ def test_two_runs_at_a_real_size_give_the_same_bits():
 
 
 def some_heads(shape, first_order):
-    """Of the site: every other head."""
-    return {0: tuple(head % 2 == 0 for head in range(shape[1]))} if first_order else {}
+    """A call in which every other head gets first-order terms."""
+    heads = tuple(head % 2 == 0 for head in range(shape[1])) if first_order else ()
+    decision = context.SiteDecision(density=0.3, first_order=heads)
+    return context.RunContext(context.Decisions({0: decision}, strict=True))
 
 
 @pytest.mark.parametrize("first_order", [False, True], ids=["centroids", "first order"])
@@ -62,7 +64,7 @@ def some_heads(shape, first_order):
 def test_the_host_never_waits_for_the_device(case, first_order):
     shape, text, grid, order, routing = CASES[case]
     qkv, fixed = inputs(shape), constants(text, grid, order, routing)
-    call = context.RunContext(strict=True, first_order=some_heads(shape, first_order))
+    call = some_heads(shape, first_order)
     with context.active(call):
         torch.ops.svg_ear.attention(*qkv, None, *fixed)  # kernels are compiled and constants uploaded here
         with no_waiting():
@@ -75,14 +77,14 @@ def test_a_cuda_graph_records_the_op(case, first_order):
     shape, text, grid, order, routing = CASES[case]
     fixed = constants(text, grid, order, routing)
     static = inputs(shape)
-    call = context.RunContext(strict=True, first_order=some_heads(shape, first_order))
+    call = some_heads(shape, first_order)
     with context.active(call):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             torch.ops.svg_ear.attention(*static, None, *fixed)
         torch.cuda.current_stream().wait_stream(stream)
-        call.carried.clear()  # as the host does: a recorded call makes its own orders
+        call.memo.carried.clear()  # as the host does: a recorded call makes its own orders
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             out = torch.ops.svg_ear.attention(*static, None, *fixed)
@@ -90,7 +92,7 @@ def test_a_cuda_graph_records_the_op(case, first_order):
     for x, y in zip(static, others, strict=True):
         x.copy_(y)
     graph.replay()
-    with context.active(context.RunContext(strict=True, first_order=some_heads(shape, first_order))):
+    with context.active(some_heads(shape, first_order)):
         assert torch.equal(out, torch.ops.svg_ear.attention(*others, None, *fixed))
 
 
@@ -104,7 +106,7 @@ def test_equals_the_joint_softmax_of_its_plan(case, dtype):
     mask = torch.ones(B, 1, 1, L, device="cuda", dtype=torch.bool)
     mask[-1, ..., -17:] = False
     for seen in (None, mask):
-        with context.active(context.RunContext(strict=True)):
+        with context.active(context.RunContext(context.Decisions(strict=True))):
             plan = SparsePlan(*torch.ops.svg_ear.clustered_permute(*qkv, seen, *fixed))
         out = attend(qkv, seen, fixed)
         remade = reference.remade(plan, *qkv[1:])

@@ -42,6 +42,6 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[SparsePlan]:
 @pytest.fixture
 def strict() -> Iterator[context.RunContext]:
     """A call in which no error hides behind dense attention."""
-    call = context.RunContext(strict=True)
+    call = context.RunContext(context.Decisions(strict=True))
     with context.active(call):
         yield call

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from svg_ear_compile.kernels import ops  # noqa: F401 - registers the ops
 from svg_ear_compile.kernels.constants import SiteConstants
+from svg_ear_compile.kernels.context import Decisions, RunContext, SiteDecision
 
 B, H, D = 2, 2, 16
 CONSTANTS = SiteConstants(
@@ -52,6 +53,12 @@ def three(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, c: Sit
     plan = torch.ops.svg_ear.clustered_permute(query, key, value, mask, *c)
     out, lse = torch.ops.svg_ear.sparse_exact(query, key, value, mask, *plan, *c)
     return torch.ops.svg_ear.centroid_compensation(query, out, lse, *plan, *c)
+
+
+def decided(c: SiteConstants, strict: bool = True, audit: bool = False, **decision: Any) -> RunContext:
+    """The context of a call in which the host decided this about the site of these constants."""
+    sites = {c.site: SiteDecision(**{"density": c.density, **decision})}
+    return RunContext(Decisions(sites, strict=strict, audit=audit))
 
 
 def lies_by_token(out: Tensor) -> bool:

@@ -5,9 +5,11 @@ Here on a CPU, which is told that it records; tests/gpu/test_cuda_graph.py recor
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from op_calls import CONSTANTS, inputs, merged
+from op_calls import CONSTANTS, decided, inputs, merged
 
 from svg_ear_compile.kernels import capture, context
 
@@ -24,35 +26,37 @@ def test_nothing_is_carried_measured_or_summed(
 ) -> None:
     c, mask = CONSTANTS._replace(order=order), torch.ones(2, 1, 1, 300, dtype=torch.bool)
     before, now = inputs(300), inputs(300, seed=1)
-    earlier = context.RunContext(strict=True)
+    earlier = context.RunContext(context.Decisions(strict=True))
     with context.active(earlier):
         merged(*before, None, c)
-    fresh = context.RunContext(strict=True, dense={c.site: "a test"} if dense else {})
+    fresh = decided(c, dense="a test" if dense else "")
     with context.active(fresh):
         wanted = merged(*now, None, c)
     monkeypatch.setattr(capture, "is_recorded", lambda x: True)
-    call = context.RunContext(
-        strict=True, audit=True, totals=None, measure={c.site: context.Measure(0, (0.3,))},
-        carried=dict(earlier.carried), seen_keys={c.site: 300}, dense=dict(fresh.dense),
-    )  # fmt: skip
+    call = decided(c, audit=True, dense="a test" if dense else "", measure=context.Measure(0, (0.3,)))
+    call.memo.carried.update(earlier.memo.carried)
+    call.memo.seen_keys[c.site] = 300
     with context.active(call):
         out = merged(*now, mask, c)
     assert torch.equal(out, wanted)
-    assert call.carried[c.site] is earlier.carried[c.site]
-    assert not call.measured
-    assert not call.audited
+    assert call.memo.carried[c.site] is earlier.memo.carried[c.site]
+    assert not call.results.measured
+    assert not call.results.audited
+    assert not call.results.totals
 
 
 def test_what_the_host_knows_of_a_mask_is_not_used(recorded: None) -> None:
     """The replay's mask may hide other keys."""
     q, k, v = inputs(300)
     mask = (torch.arange(300) < 200).expand(2, 1, 1, 300)
-    call = context.RunContext(strict=True, seen_keys={CONSTANTS.site: 300})
+    call = context.RunContext(
+        context.Decisions(strict=True), memo=context.Memo(seen_keys={CONSTANTS.site: 300})
+    )
     with context.active(call):
         sparse = merged(q, k, v, mask, CONSTANTS._replace(density=1.0))
-        call.dense[CONSTANTS.site] = "a test"
+    with context.active(replace(call, decisions=decided(CONSTANTS, dense="a test").decisions)):
         dense = merged(q, k, v, mask, CONSTANTS)
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     torch.testing.assert_close(dense, expected)
     torch.testing.assert_close(sparse, expected)
-    assert call.seen_keys == {CONSTANTS.site: 300}
+    assert call.memo.seen_keys == {CONSTANTS.site: 300}

@@ -48,7 +48,7 @@ def coordinates(grid: tuple[int, ...], order: Tensor) -> Tensor:
 
 def test_what_is_remembered_changes_nothing() -> None:
     """Other lengths, grids, texts, masks and heads take turns; none gets what is another's."""
-    call = context.RunContext()
+    memo = context.Memo()
     lengths = ((273, "auto", GRID), (273, "splits", None), (150, "splits", None), (150, "auto", None))
     heads = ((), (True, False, True), (False, True, False))
     runs = [
@@ -60,11 +60,11 @@ def test_what_is_remembered_changes_nothing() -> None:
             for valid in (None, torch.arange(x.shape[2])[None] < 140):
                 counts = block_counts(x.shape[2], num_text, order)[1]
                 how = (x, valid, counts, KEY_BLOCK, None, num_text, True, order, grid, 0, chosen)
-                found, expected = cluster.make_blocks(*how, call.remember), cluster.make_blocks(*how)
+                found, expected = cluster.make_blocks(*how, memo.remember), cluster.make_blocks(*how)
                 for a, b in zip((*found[0], found[1]), (*expected[0], expected[1]), strict=True):
                     assert (a is None) == (b is None)
                     assert a is None or torch.equal(a, b)
-    assert call.fixed
+    assert memo.made
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import threading
 
 import torch
 import torch.nn.functional as F
-from op_calls import CONSTANTS, inputs, merged
+from op_calls import CONSTANTS, decided, inputs, merged
 from torch import Tensor
 
 from svg_ear_compile.kernels import context
@@ -23,7 +23,7 @@ def test_threads_do_not_see_each_other() -> None:
 
     def work(is_dense: bool) -> None:
         torch.set_num_threads(1)
-        call = context.RunContext(dense={CONSTANTS.site: "a test"} if is_dense else {})
+        call = decided(CONSTANTS, dense="a test" if is_dense else "")
         with context.active(call):
             both_inside.wait(timeout=30)
             results[is_dense] = merged(*tensors, None, CONSTANTS)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from op_calls import FAMILIES, inputs, merged, sites, three
+from op_calls import FAMILIES, decided, inputs, merged, sites, three
 from torch import Tensor
 
 from svg_ear_compile.kernels import context
@@ -33,15 +33,12 @@ def test_default_dtype_and_device(family: int, whole: Callable[..., Tensor], den
     tried = context.Measure(3, (0.2, 0.5), ("cubes", "splits"), first_order=True)
 
     def results() -> list[Tensor]:
-        call = context.RunContext(
-            strict=True, audit=True, measure={c.site: tried}, first_order={c.site: (True, False)}
-        )
+        call = decided(c, audit=True, measure=tried, first_order=(True, False))
         with context.active(call):
-            found = [x for step in steps for x in (whole(*step, mask, c), call.measured.pop(c.site))]
-        assert call.totals is not None
-        areas = call.totals[c.site].areas
+            found = [x for step in steps for x in (whole(*step, mask, c), call.results.measured.pop(c.site))]
+        areas = call.results.totals[c.site].areas
         assert areas is not None
-        return [*found, call.audited[c.site], areas]
+        return [*found, call.results.audited[c.site], areas]
 
     wanted = results()
     for dtype, device in ((torch.bfloat16, None), (torch.float64, None), (torch.float32, "meta")):

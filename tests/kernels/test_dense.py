@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from op_calls import CONSTANTS, B, inputs, lies_by_token, merged, three
+from op_calls import CONSTANTS, B, decided, inputs, lies_by_token, merged, three
 from torch import Tensor
 
 from svg_ear_compile.kernels import context
@@ -22,7 +22,7 @@ def test_dense_is_what_the_model_asked_for(
 ) -> None:
     tensors = [x if by_token else x.contiguous() for x in inputs(70)]
     mask = (torch.arange(70) < 60).expand(B, 1, 1, 70) if masked else None
-    call = context.RunContext(dense={CONSTANTS.site: "a test"})
+    call = decided(CONSTANTS, dense="a test")
     with context.active(call):
         got = whole(*tensors, mask, CONSTANTS._replace(scale=0.3))
     expected = F.scaled_dot_product_attention(*tensors, attn_mask=mask, scale=0.3)
@@ -31,7 +31,7 @@ def test_dense_is_what_the_model_asked_for(
     else:
         assert torch.equal(got, expected)
     assert lies_by_token(got)
-    assert not call.totals
+    assert not call.results.totals
 
 
 @pytest.mark.parametrize("whole", [merged, three])
@@ -61,12 +61,12 @@ def test_dense_calls_leave_out_the_keys_that_a_mask_hides(
         return sdpa(query, key, value, attn_mask=attn_mask, **options)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
-    call = context.RunContext(dense={CONSTANTS.site: "a test"})
+    call = decided(CONSTANTS, dense="a test")
     with context.active(call):
         got = whole(*tensors, mask, CONSTANTS)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
     assert asked == [(seen or 70, seen or 70, seen is not None)]
-    assert call.seen_keys == {CONSTANTS.site: seen}
+    assert call.memo.seen_keys == {CONSTANTS.site: seen}
 
 
 def test_noop_mask_is_dropped_and_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,14 +79,18 @@ def test_noop_mask_is_dropped_and_read_once(monkeypatch: pytest.MonkeyPatch) -> 
         return sdpa(*args, **options)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
-    call = context.RunContext(dense={3: "a test", 4: "a test", 5: "a test"}, mask_ids={3: 0, 4: 0, 5: 1})
+    call = context.RunContext(
+        context.Decisions(
+            dict.fromkeys((3, 4, 5), context.SiteDecision("a test")), mask_ids={3: 0, 4: 0, 5: 1}
+        )
+    )
     with context.active(call):
         merged(*tensors, mask, CONSTANTS)
-        assert call.seen_keys == {0: 70}
+        assert call.memo.seen_keys == {0: 70}
         mask[:] = False  # would be seen if it were read again
         merged(*tensors, mask, CONSTANTS._replace(site=4))
-        assert call.seen_keys == {0: 70}
+        assert call.memo.seen_keys == {0: 70}
         merged(*tensors, mask, CONSTANTS._replace(site=5))
-        assert call.seen_keys == {0: 70, 1: None}
+        assert call.memo.seen_keys == {0: 70, 1: None}
     assert asked[:2] == [None, None]
     assert asked[2] is not None

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from op_calls import CONSTANTS, B, inputs, lies_by_token, merged, three
+from op_calls import CONSTANTS, B, decided, inputs, lies_by_token, merged, three
 from torch import Tensor
 
 from svg_ear_compile.exceptions import SiteError
@@ -37,13 +37,14 @@ def test_a_failure_means_dense_and_one_warning(
     with context.active(first), pytest.warns(RuntimeWarning, match=r"site 3 .*no way") as caught:
         assert torch.equal(whole(*tensors, None, CONSTANTS), want)
     assert len(caught) == 1
-    assert first.dense == {3: "failed: ValueError"}
-    assert first.counters == {"fallback: ValueError": 1}
-    second = context.RunContext(counters=first.counters, warned=first.warned)
+    assert first.results.dense == {3: "failed: ValueError"}
+    assert first.results.fallbacks == {"fallback: ValueError": 1}
+    found = context.Results(fallbacks=first.results.fallbacks)
+    second = context.RunContext(results=found, memo=context.Memo(warned=first.memo.warned))
     with context.active(second), warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(whole(*tensors, None, CONSTANTS), want)
-    assert first.counters == {"fallback: ValueError": 2}
+    assert first.results.fallbacks == {"fallback: ValueError": 2}
 
 
 @pytest.mark.parametrize("whole", [merged, three])
@@ -52,11 +53,11 @@ def test_what_failed_is_not_tried_once_more(
 ) -> None:
     """The call that runs dense instead measures no trial, which would fail for the same reason."""
     monkeypatch.setattr(route, "route", raising(ValueError("no way")))
-    call = context.RunContext(measure={CONSTANTS.site: context.Measure(0, (0.2,))})
+    call = decided(CONSTANTS, strict=False, measure=context.Measure(0, (0.2,)))
     with context.active(call), pytest.warns(RuntimeWarning, match="ran dense") as caught:
         whole(*inputs(70), None, CONSTANTS)
     assert len(caught) == 1
-    assert call.counters == {"fallback: ValueError": 1}
+    assert call.results.fallbacks == {"fallback: ValueError": 1}
 
 
 @pytest.mark.parametrize("kernel", ["sparse_exact", "centroid_compensation"])
@@ -86,7 +87,7 @@ def test_outside_of_a_call_the_merged_op_falls_back_and_the_three_raise(
 @pytest.mark.parametrize("whole", [merged, three])
 def test_strict_raises(whole: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(route, "route", raising(ValueError("no way")))
-    call = context.RunContext(strict=True, names={3: "blocks.0"})
+    call = context.RunContext(context.Decisions(strict=True, names={3: "blocks.0"}))
     with context.active(call), pytest.raises(SiteError, match=r"site 3 \(blocks.0\) failed: .*no way"):
         whole(*inputs(70), None, CONSTANTS)
 
@@ -96,7 +97,7 @@ def test_device_errors_always_propagate(monkeypatch: pytest.MonkeyPatch) -> None
     call = context.RunContext()
     with context.active(call), pytest.raises(torch.AcceleratorError):
         merged(*inputs(70), None, CONSTANTS)
-    assert not call.dense
+    assert not call.results.dense
 
 
 @pytest.mark.parametrize("whole", [merged, three])
@@ -121,14 +122,14 @@ def test_a_call_that_is_too_small_is_dense(
         got = whole(*tensors, None, c)
     want = F.scaled_dot_product_attention(*tensors)
     assert torch.equal(got, want) == bool(reason)
-    assert call.dense == ({c.site: reason} if reason and inside else {})
+    assert call.results.dense == ({c.site: reason} if reason and inside else {})
 
 
 def test_frames_of_this_call_count_where_the_graph_does_not_know_them() -> None:
-    call = context.RunContext(grid=(1, 7, 10))
+    call = context.RunContext(context.Decisions(grid=(1, 7, 10)))
     with context.active(call):
         merged(*inputs(70), None, CONSTANTS._replace(min_frames=2))
-    assert call.dense == {3: "one frame"}
+    assert call.results.dense == {3: "one frame"}
 
 
 @pytest.mark.parametrize("whole", [merged, three])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from op_calls import decided
 from torch import Tensor
 
 from svg_ear_compile.kernels import context, ops, planning, reference
@@ -122,10 +123,10 @@ def test_attention_in_parts_gives_the_same_bits(
 def test_the_op_adds_them_for_the_call_s_heads() -> None:
     query, key, value = inputs(256)
     constants = SiteConstants(None, 0, False, list(GRID), "cubes", "output_error", True, 0.3, 0, 5)
-    with context.active(context.RunContext(strict=True)):
+    with context.active(context.RunContext(context.Decisions(strict=True))):
         plain = ops.attention(query, key, value, None, *constants)
         plan = planning.make_plan(query, key, value, None, constants)
-    with context.active(context.RunContext(strict=True, first_order={5: CHOSEN})):
+    with context.active(decided(constants, first_order=CHOSEN)):
         out = ops.attention(query, key, value, None, *constants)
     assert torch.equal(out[:, 1], plain[:, 1])
     want = reference.joint_softmax(query, plan, SCALE, first_order=CHOSEN)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from op_calls import decided
 from torch import Tensor
 
 from svg_ear_compile.exceptions import SiteError
@@ -58,8 +59,8 @@ def attend(
 
 
 def call(*densities: float, dense: bool = False, **more: Any) -> context.RunContext:
-    reasons = {SITE: "a test"} if dense else {}
-    return context.RunContext(strict=True, measure={SITE: Measure(5, densities)}, dense=reasons, **more)
+    more = {"measure": Measure(5, densities), "dense": "a test" if dense else "", **more}
+    return decided(constants(), **more)
 
 
 def sums_of(out: Tensor, attn_mask: Tensor | None = None) -> Tensor:
@@ -100,7 +101,7 @@ def test_of_all_rows_it_is_the_error(order, routing, masked, merged, monkeypatch
     out = attend(running, constants(order, routing), attn_mask, merged)
     expected = sums_of(out, attn_mask)
     assert (expected[0] > 1e-3 * expected[1]).all(), "there is something to measure"
-    for found in (running.measured[SITE], running.audited[SITE]):
+    for found in (running.results.measured[SITE], running.results.audited[SITE]):
         torch.testing.assert_close(found[0].double(), expected, rtol=1e-4, atol=0)
 
 
@@ -122,33 +123,33 @@ def test_a_trial_is_what_the_sparse_call_then_measures(order, routing, masked, m
     """On all rows: a trial draws tokens, a sparse call slots."""
     monkeypatch.setattr(measure, "ROWS", 10**6)
     attn_mask = mask() if masked else None
-    dense, sparse = call(0.15, 0.5, dense=True), call(density={SITE: 0.5})
+    dense, sparse = call(0.15, 0.5, dense=True), call(density=0.5)
     attend(dense, constants(order, routing), attn_mask)
     attend(sparse, constants(order, routing), attn_mask)
-    assert dense.measured[SITE].shape == (2, 2, 2, 3)
+    assert dense.results.measured[SITE].shape == (2, 2, 2, 3)
     if order != "kmeans":  # which finds other clusters when it goes on
-        torch.testing.assert_close(dense.measured[SITE][1], sparse.measured[SITE][0], rtol=1e-3, atol=1e-9)
-    few, many = dense.measured[SITE][:, 0].sum((1, 2))
+        torch.testing.assert_close(
+            dense.results.measured[SITE][1], sparse.results.measured[SITE][0], rtol=1e-3, atol=1e-9
+        )
+    few, many = dense.results.measured[SITE][:, 0].sum((1, 2))
     assert 0 < many < 0.8 * few
 
 
 def test_orders_are_tried_on_the_same_rows() -> None:
     """Each as a site of that order would have measured it, where all rows count."""
     orders, densities = ("cubes", "splits"), (0.2, 0.5)
-    both = context.RunContext(
-        strict=True, measure={SITE: Measure(5, densities, orders)}, dense={SITE: "a test"},
-        split_heads={SITE: (True, False, True)},
-    )  # fmt: skip
+    measured = Measure(5, densities, orders)
+    both = call(measure=measured, dense=True, split_heads=(True, False, True))
     attend(both, constants("auto"))
-    assert both.measured[SITE].shape == (4, 2, 2, 3)
-    assert not both.carried, "orders of a trial are not used again"
+    assert both.results.measured[SITE].shape == (4, 2, 2, 3)
+    assert not both.memo.carried, "orders of a trial are not used again"
     for i, order in enumerate(orders):
         one = call(*densities, dense=True)
         attend(one, constants(order))
-        assert torch.equal(both.measured[SITE][2 * i : 2 * i + 2], one.measured[SITE])
-    whole = both.measured[SITE][:, 1]
+        assert torch.equal(both.results.measured[SITE][2 * i : 2 * i + 2], one.results.measured[SITE])
+    whole = both.results.measured[SITE][:, 1]
     assert torch.equal(whole, whole[:1].expand_as(whole)), "the same rows, the same exact output"
-    assert not torch.equal(both.measured[SITE][0], both.measured[SITE][2])
+    assert not torch.equal(both.results.measured[SITE][0], both.results.measured[SITE][2])
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -157,11 +158,11 @@ def test_what_no_density_changes_is_made_once(masked, monkeypatch) -> None:
     attn_mask, orders, densities = mask() if masked else None, ("cubes", "splits"), (0.2, 0.5)
     query, key, value = inputs()
     tokens = measure.sample(VIDEO + TEXT, query, 5, measure.count(query, trial=True))
-    dense = context.RunContext(strict=True, dense={SITE: "a test"})
+    dense = call(dense=True, measure=None)
     exact = measure.rows(attend(dense, constants(), attn_mask), tokens)
     expected = []
     for order, density in itertools.product(orders, densities):
-        with context.active(context.RunContext(density={SITE: density})):
+        with context.active(call(density=density)):
             plan = planning.make_plan(query, key, value, attn_mask, constants(order))
         expected.append(measure.planned_errors(query, [plan], exact, tokens, 0.25, terms=True))
 
@@ -176,11 +177,9 @@ def test_what_no_density_changes_is_made_once(masked, monkeypatch) -> None:
         (rows, "planned_rows"),
     ):  # fmt: skip
         counted(module, name)
-    running = context.RunContext(
-        strict=True, measure={SITE: Measure(5, densities, orders, True)}, dense={SITE: "a test"}
-    )
+    running = call(measure=Measure(5, densities, orders, True), dense=True)
     attend(running, constants("auto"), attn_mask)
-    assert torch.equal(running.measured[SITE], torch.cat(expected))
+    assert torch.equal(running.results.measured[SITE], torch.cat(expected))
     assert counts == {"arrange": 2, "probe": 2, "route": 4, "_covariances": 2, "planned_rows": 4}
 
 
@@ -191,24 +190,22 @@ def test_forms_are_what_sparse_calls_of_them_measure(masked, monkeypatch) -> Non
     attn_mask, orders, forms = mask() if masked else None, ("cubes", "splits"), []
     for order in orders:
         for heads in ((), (True,) * 3):
-            one = call(density={SITE: 0.3}, first_order={SITE: heads})
+            one = call(density=0.3, first_order=heads)
             attend(one, constants(order), attn_mask)
-            forms.append(one.measured[SITE])
+            forms.append(one.results.measured[SITE])
     expected = torch.cat(forms)
     assert not torch.allclose(expected[0], expected[1], rtol=1e-2), "terms make a difference"
-    request = {SITE: Measure(5, (0.3,), orders, True)}
-    dense = context.RunContext(strict=True, measure=request, dense={SITE: "a test"})
+    request = Measure(5, (0.3,), orders, True)
+    dense = call(measure=request, dense=True)
     attend(dense, constants("auto"), attn_mask)
-    torch.testing.assert_close(dense.measured[SITE], expected, rtol=1e-3, atol=1e-9)
-    sparse = context.RunContext(
-        strict=True, measure=request, split_heads={SITE: (True,) * 3}, density={SITE: 0.3}
-    )
+    torch.testing.assert_close(dense.results.measured[SITE], expected, rtol=1e-3, atol=1e-9)
+    sparse = call(measure=request, split_heads=(True,) * 3, density=0.3)
     attend(sparse, constants("auto"), attn_mask)
-    torch.testing.assert_close(sparse.measured[SITE][0], expected[2], rtol=1e-3, atol=1e-9)
-    torch.testing.assert_close(sparse.measured[SITE][1:], expected, rtol=1e-3, atol=1e-9)
-    apart = context.RunContext(strict=True, measure=request, density={SITE: 0.3})
+    torch.testing.assert_close(sparse.results.measured[SITE][0], expected[2], rtol=1e-3, atol=1e-9)
+    torch.testing.assert_close(sparse.results.measured[SITE][1:], expected, rtol=1e-3, atol=1e-9)
+    apart = call(measure=request, density=0.3)
     attend(apart, constants("cubes"), attn_mask, merged=False)
-    assert len(apart.measured[SITE]) == 1, "three ops only measure"
+    assert len(apart.results.measured[SITE]) == 1, "three ops only measure"
 
 
 def test_a_trial_takes_heads_in_groups_or_at_once(monkeypatch) -> None:
@@ -216,51 +213,48 @@ def test_a_trial_takes_heads_in_groups_or_at_once(monkeypatch) -> None:
     for group in (1, 2**40):
         for module in (rows, first_order):
             monkeypatch.setattr(module, "_CHUNK_BYTES", group)
-        running = context.RunContext(
-            strict=True, measure={SITE: Measure(5, (0.3,), (), True)}, dense={SITE: "a test"}
-        )
+        running = call(measure=Measure(5, (0.3,), (), True), dense=True)
         attend(running, constants(), mask())
-        found.append(running.measured[SITE])
+        found.append(running.results.measured[SITE])
     torch.testing.assert_close(*found, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("merged", [True, False])
 def test_a_trial_changes_nothing_else(merged) -> None:
-    plain, tried = context.RunContext(dense={SITE: "a test"}), call(0.15, 0.5, dense=True)
+    plain, tried = call(measure=None, dense=True), call(0.15, 0.5, dense=True)
     assert torch.equal(attend(plain, constants(), None, merged), attend(tried, constants(), None, merged))
-    assert not tried.totals
-    assert SITE in tried.measured
+    assert not tried.results.totals
+    assert SITE in tried.results.measured
 
 
 def test_the_call_s_density_wins_over_the_site_s() -> None:
     for density, constant in ((0.2, 0.6), (0.2, None), (1.0, 0.1)):
-        running = call(density={SITE: density})
+        running = call(density=density)
         attend(running, constants(density=constant))
-        areas = running.totals[SITE].areas
+        areas = running.results.totals[SITE].areas
         assert areas is not None
-        assert density - 0.05 < int(areas[0]) / running.totals[SITE].pairs <= density
+        assert density - 0.05 < int(areas[0]) / running.results.totals[SITE].pairs <= density
 
 
 def test_nothing_is_measured_unasked() -> None:
     running = context.RunContext()
     attend(running, constants())
-    assert not running.measured
-    assert not running.audited
+    assert not running.results.measured
+    assert not running.results.audited
 
 
 @pytest.mark.parametrize("dense", [False, True])
 def test_a_failed_measurement_costs_nothing_but_itself(dense, monkeypatch) -> None:
-    expected = attend(context.RunContext(dense={SITE: "a test"} if dense else {}), constants())
+    expected = attend(call(measure=None, dense=dense), constants())
     monkeypatch.setattr(measure, "sample", lambda *_: 1 / 0)
-    running = call(0.2, dense=dense) if dense else call()
-    running.strict = False
+    running = call(*[0.2] * dense, dense=dense, strict=False)
     for _ in range(2):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             assert torch.equal(attend(running, constants()), expected)
         ours = [w for w in caught if "was not measured" in str(w.message)]
-        assert len(ours) == (1 if running.counters["not measured: ZeroDivisionError"] == 1 else 0)
-    assert running.counters["not measured: ZeroDivisionError"] == 2
-    running.strict = True
+        assert len(ours) == (1 if running.results.fallbacks["not measured: ZeroDivisionError"] == 1 else 0)
+    assert running.results.fallbacks["not measured: ZeroDivisionError"] == 2
+    running = call(*[0.2] * dense, dense=dense)
     with pytest.raises(SiteError, match="measuring attention site 2"):
         attend(running, constants())

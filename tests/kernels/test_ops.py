@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from op_calls import CONSTANTS, B, D, H, inputs, lies_by_token, merged, sites, three
+from op_calls import CONSTANTS, B, D, H, decided, inputs, lies_by_token, merged, sites, three
 from torch import Tensor
 
 from svg_ear_compile.kernels import context, planning, reference
@@ -171,7 +171,7 @@ def test_fakes_tell_the_truth(length: int, is_dense: bool, by_token: bool) -> No
     tensors = [x if by_token else x.contiguous() for x in inputs(length)]
     mask = torch.arange(length).expand(B, 1, 1, length) < length - 1
     c = CONSTANTS._replace(num_text=length // 10)
-    call = context.RunContext(dense={c.site: "a test"} if is_dense else {}, strict=True)
+    call = decided(c, dense="a test" if is_dense else "")
     with torch._subclasses.FakeTensorMode() as mode:
         fakes = [mode.from_tensor(x) for x in (*tensors, mask)]
         fake_plan = torch.ops.svg_ear.clustered_permute(*fakes, *c)

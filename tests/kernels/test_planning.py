@@ -18,7 +18,7 @@ def test_totals_count_video_pairs_of_sparse_calls(
     plan = plans.pop()
     kept = reference.kept_matrix(plan)[:, :, :2, :4].double()
     area = plan.query_offsets.diff()[..., :2, None] * plan.key_offsets.diff()[..., None, :4]
-    totals = strict.totals[c.site]
+    totals = strict.results.totals[c.site]
     assert totals.areas is not None
     exact, executed = totals.areas.tolist()
     assert totals.pairs == 2 * B * H * 200 * 200
@@ -29,10 +29,10 @@ def test_totals_count_video_pairs_of_sparse_calls(
 
 def test_kmeans_carries_centroids_in_the_call() -> None:
     c = CONSTANTS._replace(order="kmeans")
-    call = context.RunContext(strict=True)
+    call = context.RunContext(context.Decisions(strict=True))
     with context.active(call):
         merged(*inputs(200), None, c)
-        first = call.carried[c.site]
+        first = call.memo.carried[c.site]
         merged(*inputs(200, seed=1), None, c)
-    assert call.carried[c.site] is not first
-    assert set(call.carried) == {c.site}
+    assert call.memo.carried[c.site] is not first
+    assert set(call.memo.carried) == {c.site}

@@ -7,6 +7,7 @@ import json
 import pytest
 from reporting.by_hand import graph, log, site, sums
 
+from svg_ear_compile.kernels.context import Measure
 from svg_ear_compile.reporting import report
 from svg_ear_compile.runtime.density import CallLog, Decision
 from svg_ear_compile.runtime.readback import Sums
@@ -14,11 +15,11 @@ from svg_ear_compile.runtime.readback import Sums
 
 def test_errors_by_layer_and_step(capsys: pytest.CaptureFixture[str]) -> None:
     record = graph(site(), options={"target_error": 0.03})
-    trial = Decision("step 1 of 1 dense warm-up steps", "warm-up steps", measure=(0.1, 0.4))
+    trial = Decision("step 1 of 1 dense warm-up steps", measure=Measure(0, (0.1, 0.4)))
     for layer in range(2):
         logs = [
             CallLog(0, 7, layer, 0, 0, trial, Sums(sums(1, 2))),
-            log(layer, 1, Decision(density=0.4, measure=()), 0.02 * (layer + 1), 0.5),
+            log(layer, 1, Decision(density=0.4, measure=Measure(0)), 0.02 * (layer + 1), 0.5),
             log(layer, 2, Decision(density=0.3)),
         ]
         record.count({}, 1, logs)

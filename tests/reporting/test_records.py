@@ -8,7 +8,7 @@ import threading
 import torch
 from reporting.by_hand import graph, log, site
 
-from svg_ear_compile.kernels.context import SiteTotals
+from svg_ear_compile.kernels.context import Measure, SiteTotals
 from svg_ear_compile.precedence import resolve
 from svg_ear_compile.reporting import records, report
 from svg_ear_compile.runtime.density import Decision
@@ -27,7 +27,7 @@ def test_flops() -> None:
 def test_of_several_generations_the_last_is_shown_and_a_few_are_kept() -> None:
     record = graph(site())
     for generation in range(12):
-        record.count({}, generation, [log(0, generation, Decision(density=0.4, measure=()), 0.02)])
+        record.count({}, generation, [log(0, generation, Decision(density=0.4, measure=Measure(0)), 0.02)])
     assert [e.step for e in report([record]).errors()] == [11]
     assert len(record.logs) == records.MAX_GENERATIONS
     assert record.sparse[0] == 12
@@ -41,7 +41,7 @@ def test_it_may_be_read_while_another_thread_counts() -> None:
         while not stop.is_set():
             generation += 1
             record.totals_on(("cpu", generation))[0] = SiteTotals(torch.tensor([1, 1]), 1)
-            record.count({}, generation, [log(0, 0, Decision(density=0.4, measure=()), 0.02)])
+            record.count({}, generation, [log(0, 0, Decision(density=0.4, measure=Measure(0)), 0.02)])
 
     thread = threading.Thread(target=count)
     thread.start()

@@ -56,7 +56,7 @@ def test_a_site_that_only_ran_dense_has_mean_density_one() -> None:
 
 def test_layers_that_the_guard_made_dense_are_named() -> None:
     record = graph(site())
-    guarded = Decision("its error was 0.9, more than 0.16", "error beyond max_error")
+    guarded = Decision("its error was 0.9, more than 0.16", counter="error beyond max_error")
     record.count({0: guarded.counter}, 1, [log(5, 0, guarded), log(3, 0, Decision(density=0.4))])
     assert "dense for the rest of the generation because of their errors: layers 7.5 (model.layer)" in str(
         report([record])

@@ -35,7 +35,7 @@ class Graph:
     def __init__(self) -> None:
         self.contexts: list[context.RunContext] = []
         self.mask_reads = 0
-        self.fail: set[int] = set()
+        self.fail = False
         self.leave: dict[int, tuple[Tensor, Tensor]] = {}
         self.error = 0.0
         """What every call measures, whatever its density."""
@@ -45,20 +45,22 @@ class Graph:
         call = context.current()
         self.contexts.append(call)
         self.look(call)
-        if 0 not in call.seen_keys:
+        decision, results, memo = call.decisions.sites[0], call.results, call.memo
+        if 0 not in memo.seen_keys:
             self.mask_reads += 1
-            call.seen_keys[0] = int(args[MASK].sum())
-        call.dense |= {site: "failed: ValueError" for site in self.fail if site not in call.dense}
-        call.carried |= self.leave
-        for request in call.measure.values():
+            memo.seen_keys[0] = int(args[MASK].sum())
+        if self.fail and not decision.dense:
+            results.dense[0] = "failed: ValueError"
+        memo.carried.update(self.leave)
+        if (request := decision.measure) is not None:
             tried = len(request.densities) * len(request.orders or ("its own",)) * (1 + request.first_order)
-            errors = torch.full((tried + (not call.dense),), self.error)
-            call.measured[0] = torch.stack([errors**2, torch.ones_like(errors)], 1)[..., None, None]
+            errors = torch.full((tried + (not decision.dense),), self.error)
+            results.measured[0] = torch.stack([errors**2, torch.ones_like(errors)], 1)[..., None, None]
         return args[VIDEO]
 
-    def of_first(self, name: str) -> list[Any]:
-        """A field of each context, for the site 0."""
-        return [getattr(call, name).get(0) for call in self.contexts]
+    def decided(self, name: str) -> list[Any]:
+        """A field of what was decided for the site in each call."""
+        return [getattr(call.decisions.sites[0], name) for call in self.contexts]
 
 
 class Grids:

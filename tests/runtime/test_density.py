@@ -29,9 +29,20 @@ def lost(*errors: Tensor) -> Tensor:
 
 def same(decision: Decision, error: float) -> Tensor:
     """What a call measures whose error is this at every density and in every form."""
-    forms = max(len(decision.orders), 1) * (1 + decision.terms)
-    count = len(decision.measure or ()) * forms + (not decision.dense)
+    assert decision.measure is not None
+    forms = max(len(orders(decision)), 1) * (1 + decision.measure.first_order)
+    count = len(densities(decision)) * forms + (not decision.dense)
     return lost(torch.full((count, 2), error))
+
+
+def densities(decision: Decision) -> tuple[float, ...]:
+    """The densities of a trial."""
+    return () if decision.measure is None else decision.measure.densities
+
+
+def orders(decision: Decision) -> tuple[str, ...]:
+    """The orders of a trial."""
+    return () if decision.measure is None else decision.measure.orders
 
 
 class Run:
@@ -77,16 +88,16 @@ def test_trials_are_spread_over_the_last_dense_steps_of_the_first_branch() -> No
     run = Run(target_error=0.04)(branches=2)
     tried = {(step, n) for step, branch, n, d in run.log if d.dense and d.measure is not None}
     assert tried == {(0, 0), (1, 1), (2, 2), (0, 3)}
-    assert all(d.measure == TRIAL for _, _, _, d in run.log if d.dense and d.measure)
-    assert not any(d.orders for _, branch, _, d in run.log if branch), "the choice holds for all branches"
+    assert all(densities(d) == TRIAL for _, _, _, d in run.log if d.dense and densities(d))
+    assert not any(orders(d) for _, branch, _, d in run.log if branch), "the choice holds for all branches"
 
 
 @pytest.mark.parametrize("warm_up", [0, 1])
 def test_with_one_dense_step_or_none_forms_are_tried_in_the_first_step(warm_up: int) -> None:
     """No sparse step but that one goes without."""
     run = Run(density=0.3)(warm_up=warm_up)
-    assert [(step, n) for step, _, n, d in run.log if d.orders] == [(0, n) for n in range(LAYERS)]
-    assert all(d.measure == (0.3,) for _, _, _, d in run.log if d.orders)
+    assert [(step, n) for step, _, n, d in run.log if orders(d)] == [(0, n) for n in range(LAYERS)]
+    assert all(densities(d) == (0.3,) for _, _, _, d in run.log if orders(d))
 
 
 def test_few_layers_are_measured_in_each_step_and_none_is_starved() -> None:
@@ -124,7 +135,7 @@ def test_where_sparsity_does_not_pay_layers_are_dense_and_try_again() -> None:
     hopeless = Run(target_error=0.01)(0.5)
     later = [(step, n, d) for step, _, n, d in hopeless.log if step >= WARM_UP]
     assert all(d.counter == "sparsity would not pay" for _, _, d in later)
-    tries = [step for step, n, d in later if n == 0 and d.measure]
+    tries = [step for step, n, d in later if n == 0 and densities(d)]
     assert all(b - a == RETRY for a, b in itertools.pairwise(tries))
     assert len(tries) >= 3
 
@@ -166,7 +177,7 @@ def test_dense_layers_and_layers_that_failed_too_often() -> None:
         "dense layers",
         "failed too often",
     ]
-    assert not any(d.measure for n in (1, 2) for d in Run(density=0.3, dense_layers="1-2")().of(n))
+    assert not any(densities(d) for n in (1, 2) for d in Run(density=0.3, dense_layers="1-2")().of(n))
 
 
 def test_orders_are_made_anew_once_in_a_while_for_each_branch() -> None:
@@ -181,7 +192,7 @@ def chosen(splits: Tensor, cubes_first: Tensor | None = None, splits_first: Tens
     """A sparse call after a trial with these errors: in cubes CUBES; with first-order terms by default twice."""
 
     def trial(layer: int, step: int, decision: Decision) -> Tensor:
-        if not decision.orders:
+        if not orders(decision):
             return same(decision, 0.03)
         forms = [CUBES, 2 * CUBES if cubes_first is None else cubes_first]
         others = [splits, 2 * splits if splits_first is None else splits_first]
@@ -206,11 +217,12 @@ def test_a_head_gets_first_order_terms_where_its_error_is_clearly_smaller() -> N
 
 
 def test_forms_are_tried_only_where_there_is_a_choice() -> None:
-    assert not any(d.measure for d in Run(density=0.3, order="cubes", first_order=False)().of(0)[:WARM_UP])
+    assert not any(densities(d) for d in Run(density=0.3, order="cubes", first_order=False)().of(0)[:WARM_UP])
     assert not any(d.measure is not None for d in Run(density=0.3, measure_every=0)().of(0))
     alone = Run(can_split=False, density=0.3)().of(0)[0]
-    assert (alone.orders, alone.terms) == ((), True), "no grid, no cubes"
-    assert Run(density=0.3)().of(0)[0].orders == ORDERS
+    assert alone.measure is not None
+    assert (alone.measure.orders, alone.measure.first_order) == ((), True), "no grid, no cubes"
+    assert orders(Run(density=0.3)().of(0)[0]) == ORDERS
 
 
 def test_the_density_begins_where_the_chosen_forms_meet_the_target() -> None:

@@ -11,7 +11,6 @@ from torch import Tensor
 import svg_ear_compile.kernels.ops  # noqa: F401 - registers the ops
 from svg_ear_compile.kernels import context, reference
 from svg_ear_compile.kernels.constants import SiteConstants
-from svg_ear_compile.kernels.context import Measure
 from svg_ear_compile.precedence import resolve
 from svg_ear_compile.runtime.density import LAG, CallLog, Controller
 from svg_ear_compile.runtime.layers import Layer
@@ -79,13 +78,7 @@ def generation(inputs: Callable[[int], QKV], **options: float) -> tuple[Layer, C
     for step in range(STEPS):
         controller.begin(step, 0, STEPS)
         decision = controller.decide(layer, 0)
-        call = context.RunContext(strict=True, density={SITE: decision.density})
-        call.first_order[SITE] = decision.first_order
-        call.split_heads[SITE] = decision.split_heads
-        if decision.measure is not None:
-            call.measure[SITE] = Measure(step, decision.measure, decision.orders, decision.terms)
-        if decision.dense:
-            call.dense[SITE] = decision.dense
+        call = context.RunContext(context.Decisions({SITE: decision}, strict=True))
         qkv = inputs(step)
         with context.active(call):
             out = torch.ops.svg_ear.attention(*qkv, None, *SiteConstants(
@@ -97,7 +90,7 @@ def generation(inputs: Callable[[int], QKV], **options: float) -> tuple[Layer, C
             assert error < 1e-5
         else:
             errors[step] = error
-        sums = call.measured.get(SITE)
+        sums = call.results.measured.get(SITE)
         controller.ran(layer, CallLog(SITE, 0, 0, 0, step, decision, None if sums is None else Sums(sums)))
     return layer, controller, errors
 

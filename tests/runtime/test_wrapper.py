@@ -30,7 +30,7 @@ def test_dense_reasons_are_sentences() -> None:
     run, graph, _ = callable_of({"dense_steps": 2, "dense_layers": "1-1"})
     Pipeline(Model(run, run, run))(3, guided=1)
     first, second = "step 1 of 2 dense warm-up steps", "step 2 of 2 dense warm-up steps"
-    assert graph.of_first("dense") == [first] * 3 + [second] * 3 + [None, "layer 1 is dense", None]
+    assert graph.decided("dense") == [first] * 3 + [second] * 3 + ["", "layer 1 is dense", ""]
     assert run.record.sparse[0] == 2
     assert run.record.dense[0] == {"warm-up steps": 6, "dense layers": 1}
     assert run.record.steps == "2 dense first steps, of 3 (the pipeline)"
@@ -39,14 +39,14 @@ def test_dense_reasons_are_sentences() -> None:
 def test_layers_are_numbered_by_their_place_in_the_model() -> None:
     run, graph, _ = callable_of({"dense_layers": "0-0"})
     Pipeline(Model(run, run))(2)
-    assert graph.of_first("dense") == ["layer 0 is dense", None] * 4
+    assert graph.decided("dense") == ["layer 0 is dense", ""] * 4
 
 
 def test_a_mask_is_read_once_in_a_call_of_the_model() -> None:
     run, graph, _ = callable_of({})
     Pipeline(Model(run, run, run))(2, guided=1)
     assert graph.mask_reads == 2
-    assert all(call.mask_ids == {0: 0} for call in graph.contexts)
+    assert all(call.decisions.mask_ids == {0: 0} for call in graph.contexts)
 
 
 def prefix(count: int) -> Tensor:
@@ -92,7 +92,12 @@ def test_a_grid_is_read_once_per_kind_of_rotary_table() -> None:
     model = Model(run)
     for tokens in (16, 16, 32, 16):
         Pipeline(model)(1, tokens=tokens)
-    assert [call.grid for call in graph.contexts[::2]] == [(2, 4, 2), (2, 4, 2), (2, 8, 2), (2, 4, 2)]
+    assert [call.decisions.grid for call in graph.contexts[::2]] == [
+        (2, 4, 2),
+        (2, 4, 2),
+        (2, 8, 2),
+        (2, 4, 2),
+    ]
     assert grids.reads == 3
     assert run.record.grid == (2, 4, 2)
 
@@ -102,7 +107,7 @@ def carried_in(options: dict[str, Any], steps: int, **changes: Any) -> list[Any]
     run, graph, _ = callable_of(options)
     graph.leave = {0: (torch.zeros(1), torch.ones(1))}
     before: list[Any] = []
-    graph.look = lambda call: before.append(call.carried.get(0))
+    graph.look = lambda call: before.append(call.memo.carried.get(0))
     Pipeline(Model(run))(steps, guided=1, **changes)
     return [None if x is None else x is graph.leave[0] for x in before]
 
@@ -136,18 +141,18 @@ def test_nothing_is_kept_after_the_last_step_nor_after_the_pipeline_returned() -
 
 def test_failures_inside_the_ops_count_once_as_dense_and_a_third_in_a_row_ends_it() -> None:
     run, graph, _ = callable_of({})
-    graph.fail = {0}
+    graph.fail = True
     Pipeline(Model(run))(5, guided=1)
     assert (run.record.sparse[0], run.record.dense[0]) == (0, {"failures": 3, "failed too often": 2})
-    assert graph.of_first("dense")[-1] == "it failed 3 times in a row"
-    graph.fail = set()
+    assert graph.decided("dense")[-1] == "it failed 3 times in a row"
+    graph.fail = False
     Pipeline(Model(run))(1, guided=1)
     assert run.record.sparse[0] == 1, "another generation tries again"
 
 
 def test_what_the_ops_call_too_small_is_counted_by_that_name() -> None:
     run, graph, _ = callable_of({})
-    graph.look = lambda call: call.dense.update({0: "too few tokens"})
+    graph.look = lambda call: call.results.dense.update({0: "too few tokens"})
     Pipeline(Model(run))(5, guided=1)
     assert run.record.dense[0] == {"too few tokens": 5}
 
@@ -168,7 +173,7 @@ def test_failures_around_a_call_are_counted_warned_of_once_and_raised_by_strict(
         Pipeline(Model(run))(3, guided=1)
     assert len(heard) == 1
     assert sum(run.record.fallbacks.values()) == 3
-    assert all(bool(call.dense) == (name == "_prepare") for call in graph.contexts)
+    assert all(bool(dense) == (name == "_prepare") for dense in graph.decided("dense"))
     run, graph, _ = callable_of({"strict": True})
     monkeypatch.setattr(run, name, lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -179,10 +184,10 @@ def test_the_error_of_a_step_steers_the_next_for_all_layers_and_branches() -> No
     run, graph, _ = callable_of({**STEERED, "max_density": 0.95})
     graph.error = 0.12
     Pipeline(Model(run, run))(3)
-    densities = [call.density[0] for call in graph.contexts]
+    densities = graph.decided("density")
     assert [len(set(densities[4 * step : 4 * step + 4])) for step in range(3)] == [1, 1, 1]
     assert densities[4] != densities[0]
-    seeds = [call.measure[0].seed for call in graph.contexts if call.measure]
+    seeds = [measure.seed for measure in graph.decided("measure") if measure is not None]
     assert len(set(seeds)) == len(seeds), "all draw rows of their own"
 
 
@@ -191,7 +196,7 @@ def test_a_new_generation_goes_the_same_way_whatever_ran_before() -> None:
     graph.error, model = 0.06, Model(run)
     pipeline = Pipeline(model)
     pipeline(6)
-    alone = [(call.density, call.measure) for call in graph.contexts]
+    alone = [call.decisions for call in graph.contexts]
     for before in (
         lambda: pipeline(2),
         lambda: pipeline(6, each=lambda i: setattr(pipeline, "interrupt", i > 1)),
@@ -199,11 +204,11 @@ def test_a_new_generation_goes_the_same_way_whatever_ran_before() -> None:
         before()
         graph.contexts.clear()
         pipeline(6)
-        assert [(call.density, call.measure) for call in graph.contexts] == alone
+        assert [call.decisions for call in graph.contexts] == alone
 
 
 def test_audit_asks_for_true_errors() -> None:
     for audit in (False, True):
         run, graph, _ = callable_of({"audit": audit})
         Pipeline(Model(run))(1)
-        assert graph.contexts[0].audit == audit
+        assert graph.contexts[0].decisions.audit == audit
