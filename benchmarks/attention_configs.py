@@ -189,8 +189,7 @@ def other_stages(query: Tensor, key: Tensor, value: Tensor, arguments: argparse.
         inputs = (*inputs, plan.key_centroids.float(), plan.value_centroids.float(), query.shape[-1] ** -0.5)
         for routing in ("output_error", "svg_ear"):
             for c in PROBE:
-                most = None if clusters else KEY_BLOCK
-                call = partial(triton_probe.probe, *inputs, routing, most, routing == "svg_ear", c)
+                call = partial(triton_probe.probe, *inputs, routing, clusters, c)
                 record = {"blocks": name, "stage": f"probe {routing}", "ms": None, **c._asdict()}
                 try:
                     record["ms"] = milliseconds(call, repeats)
@@ -198,9 +197,9 @@ def other_stages(query: Tensor, key: Tensor, value: Tensor, arguments: argparse.
                     record["ms"] = f"{type(error).__name__}: {str(error)[:60]}"
                 records.append(record)
         if not clusters:
-            plain = partial(probe.probe, *inputs, "output_error", KEY_BLOCK)
+            plain = partial(probe.probe, *inputs, "output_error", False)
             records.append({"blocks": name, "stage": "probe in PyTorch", "ms": milliseconds(plain, 1)})
-            scores = triton_probe.probe(*inputs, "output_error", KEY_BLOCK, with_mass=False)
+            scores = triton_probe.probe(*inputs, "output_error", False)
             of_blocks = (plan.query_offsets, plan.key_offsets, tuple(plan.bias.shape[-2:]))
             routing_alone = partial(
                 triton_route.select, scores, *of_blocks, "output_error", arguments.density, True

@@ -47,6 +47,11 @@ class SiteConstants(NamedTuple):
     shards: int = 1
     host: bool = False
 
+    @property
+    def variable(self) -> bool:
+        """Whether blocks may be of any size: clusters, not equal tiles."""
+        return self.order == "kmeans"
+
     def scale_of(self, query: Tensor) -> float:
         """The factor of the logits of these queries [...,D]."""
         return 1 / math.sqrt(query.shape[-1]) if self.scale is None else self.scale

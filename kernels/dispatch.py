@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from types import ModuleType
 from typing import NamedTuple
 
@@ -19,8 +20,8 @@ from .routing import torch as routing_torch
 class Kernels(NamedTuple):
     """A module for each stage. Whatever the implementation, they have the functions of the PyTorch one.
 
-    The last argument of attention's, variable: whether blocks may be of any size (kmeans); Triton cannot
-    see that from a plan on the device.
+    `variable` of attention and probe: whether blocks may be of any size; Triton cannot see that from tensors
+    on the device.
     """
 
     splits: ModuleType
@@ -41,8 +42,12 @@ _TORCH = Kernels(
 
 def kernels_for(x: Tensor) -> Kernels:
     """For the tensor's device: Triton on CUDA, else PyTorch."""
-    if not x.is_cuda:
-        return _TORCH
+    return _triton() if x.is_cuda else _TORCH
+
+
+@cache
+def _triton() -> Kernels:
+    """Imports Triton: not before a CUDA tensor comes."""
     from .attention import covariance_triton
     from .attention import triton as attention_triton
     from .blocks import permute_triton, splits_triton

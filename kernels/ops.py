@@ -106,8 +106,8 @@ def sparse_exact(
     plan, c = _unpack(plan_and_constants)
 
     def sparse() -> tuple[Tensor, Tensor]:
-        out, variable = like_output(query), c.order == "kmeans"
-        out, lse = kernels_for(query).attention.sparse_exact(query, plan, c.scale_of(query), out, variable)
+        out = like_output(query)
+        out, lse = kernels_for(query).attention.sparse_exact(query, plan, c.scale_of(query), out, c.variable)
         return _checked(out, query), lse
 
     def dense() -> tuple[Tensor, Tensor]:
@@ -145,9 +145,9 @@ def centroid_compensation(query: Tensor, out: Tensor, lse: Tensor, *plan_and_con
         return plan.key, plan.value, (slots < plan.key_offsets[..., -1:])[:, :, None, :]
 
     def sparse() -> Tensor:
-        merged, variable = like_output(query), c.order == "kmeans"
+        merged = like_output(query)
         merged = kernels_for(query).attention.centroid_compensation(
-            query, out, lse, plan, c.scale_of(query), merged, variable
+            query, out, lse, plan, c.scale_of(query), merged, c.variable
         )
         measure_call(query, keys, _checked(merged, query), plan.query_order, c)
         return merged

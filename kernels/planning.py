@@ -41,7 +41,7 @@ def make_plan(
     call = context.current()
     density = call.decisions.of(c).density
     blocks = arrange(query, key, value, attn_mask, c)
-    plan, areas = route(blocks, probe(blocks, c, density is None), c, density)
+    plan, areas = route(blocks, probe(blocks, c), c, density)
     if not capture.is_recorded(query):  # replays would not be counted
         B, H, L, _ = query.shape
         call.results.totals.setdefault(c.site, context.SiteTotals()).add(areas, B * H * (L - c.num_text) ** 2)
@@ -80,11 +80,8 @@ def arrange(
     return Arranged(queries, keys, key_p, value_p, query_centroids, key_centroids, value_centroids)
 
 
-def probe(blocks: Arranged, c: SiteConstants, without_density: bool) -> Any:
-    """The scores of all pairs of blocks, as the routing of this device takes them.
-
-    without_density: the budget is yet to be found, by the mass of the centroids.
-    """
+def probe(blocks: Arranged, c: SiteConstants) -> Any:
+    """The scores of all pairs of blocks, as the routing of this device takes them."""
     return kernels_for(blocks.key).probe.probe(
         blocks.query_centroids,
         blocks.key,
@@ -94,8 +91,7 @@ def probe(blocks: Arranged, c: SiteConstants, without_density: bool) -> Any:
         blocks.value_centroids,
         c.scale_of(blocks.key),
         c.routing,
-        largest_block=None if c.order == "kmeans" else KEY_BLOCK,
-        with_mass=c.routing == "svg_ear" or without_density,
+        c.variable,
     )
 
 

@@ -82,7 +82,7 @@ def try_forms(
         # Splits are made anew; k-means goes on from what it left.
         site = c if order == "kmeans" else c._replace(order=order, site=OWN_CALL)
         blocks = planning.arrange(query, key, value, mask, site)
-        scores = planning.probe(blocks, site, without_density=False)
+        scores = planning.probe(blocks, site)
         return [planning.route(blocks, scores, site, density)[0] for density in request.densities]
 
     errors = [

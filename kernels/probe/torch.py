@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..plan import KEY_BLOCK
+
 # Tokens of a slice of a key block: blocks of any sizes are cut into slices, so that reductions are dense.
 _SLICE = 32
 # Bytes of one [slices, query blocks, D] or [slices, query blocks, _SLICE] float32 temporary.
@@ -49,15 +51,13 @@ def probe(
     value_centroids: Tensor,
     scale: float,
     routing: str,
-    largest_block: int | None = None,
-    with_mass: bool = True,
+    variable: bool = True,
 ) -> Scores:
     """Scores of all blocks (module docstring).
 
     query_centroids [B,H,Cq,D], key_centroids, value_centroids [B,H,Ck,D] float32; key, value [B,H,L,D] in
     block order, key_offsets [B,H,Ck+1]. Slots from key_offsets[..., -1] on belong to no block.
-    largest_block: no key block holds more tokens (equal tiles); None when that is not known. with_mass:
-    whether the routing will ask for the mass; makes no difference here.
+    variable: whether key blocks may be of any size; False: none holds more than KEY_BLOCK tokens.
     """
     if routing == "mass":
         return centroid_mass(query_centroids, key_centroids, key_offsets, scale)
@@ -70,7 +70,7 @@ def probe(
     error, lse = torch.empty_like(center), torch.empty_like(center)
     for b in range(B):
         for h in range(H):
-            slices = _cut(key_offsets[b, h].long(), length, largest_block)
+            slices = _cut(key_offsets[b, h].long(), length, variable)
             shape = (*slices.tokens.shape, D)
             keys = key[b, h].index_select(0, slices.tokens.flatten()).float()
             values = value[b, h].index_select(0, slices.tokens.flatten()).float().view(shape)
@@ -109,11 +109,11 @@ def centroid_mass(
     return Scores(*(x.masked_fill(empty, -torch.inf) for x in (error, mass, torch.zeros_like(mass))))
 
 
-def _cut(offsets: Tensor, length: int, largest_block: int | None) -> _Slices:
+def _cut(offsets: Tensor, length: int, variable: bool) -> _Slices:
     """Slices of the blocks of one head, offsets [Ck+1] int64. Their number depends on the lengths only."""
     device, blocks = offsets.device, offsets.shape[0] - 1
-    if largest_block is not None:
-        width, block = largest_block, torch.arange(blocks, device=device)
+    if not variable:
+        width, block = KEY_BLOCK, torch.arange(blocks, device=device)
         ends, start = torch.arange(blocks + 1, device=device), offsets[:-1]
     else:
         # sum_j ceil(n_j / T) <= (L + Ck (T - 1)) / T
@@ -124,7 +124,7 @@ def _cut(offsets: Tensor, length: int, largest_block: int | None) -> _Slices:
         start = offsets[block] + (number - ends[block]) * width
     tokens = start[:, None] + torch.arange(width, device=device)
     live = tokens < offsets[1:][block, None]
-    return _Slices(tokens.clamp(max=length - 1), live, block, ends, largest_block is not None)
+    return _Slices(tokens.clamp(max=length - 1), live, block, ends, not variable)
 
 
 def _per_block(x: Tensor, reduce: str, slices: _Slices) -> Tensor:

@@ -44,7 +44,7 @@ BLOCKS_PER_PROGRAM = 64
 class RowScores(NamedTuple):
     """probe.Scores, but for the errors' scale: each row's own (kernels/routing/triton.py brings them to one).
 
-    mass: None unless asked for. parts: [B,H,runs,Cq] float32; c_i = logsumexp over the runs ("output_error")
+    mass: None for "output_error". parts: [B,H,runs,Cq] float32; c_i = logsumexp over the runs ("output_error")
     or their maximum ("svg_ear"), and 2 c_i is yet to be taken off the errors.
     """
 
@@ -63,8 +63,7 @@ def probe(
     value_centroids: Tensor,
     scale: float,
     routing: str,
-    largest_block: int | None = None,
-    with_mass: bool = True,
+    variable: bool = True,
     config: Config | None = None,
 ) -> RowScores:
     """Scores of all blocks, as kernels/probe/torch.py's function of this name."""
@@ -78,15 +77,14 @@ def probe(
     B, H, L, D = key.shape
     Cq, Ck = query_centroids.shape[2], key_centroids.shape[2]
     output_error = routing == "output_error"
-    one_tile = largest_block is not None and largest_block <= BLOCK_N
     c = config or probe_config_for(capability(key.device), D, key.dtype)
-    options = meta(c, D, key.dtype, one_tile, output_error, with_mass)
+    options = meta(c, D, key.dtype, variable, output_error)
     runs, lines = triton.cdiv(Ck, options["BLOCKS"]), triton.cdiv(Cq, 32) * 32
 
     def scores() -> Tensor:
         return key.new_empty((B, H, Ck, lines), dtype=torch.float32)
 
-    error, gap, mass = scores(), scores(), scores() if with_mass else None
+    error, gap, mass = scores(), scores(), None if output_error else scores()
     parts = key.new_empty((B, H, runs, Cq), dtype=torch.float32)
     queries, keys, values = (x.to(key.dtype) for x in (query_centroids, key_centroids, value_centroids))
     second = value
@@ -106,14 +104,12 @@ def probe(
     return RowScores(error, mass, gap, parts)
 
 
-def meta(
-    c: Config, head_dim: int, dtype: torch.dtype, one_tile: bool, output_error: bool, with_mass: bool
-) -> dict[str, Any]:
+def meta(c: Config, head_dim: int, dtype: torch.dtype, variable: bool, output_error: bool) -> dict[str, Any]:
     """The kernel's compile-time constants and launch options."""
     return {
         "HEAD_DIM": head_dim, "BLOCK_D": max(16, triton.next_power_of_2(head_dim)), "BLOCK_M": c.block_m,
-        "BLOCK_N": BLOCK_N, "BLOCKS": BLOCKS_PER_PROGRAM, "ONE_TILE": one_tile, "OUTPUT_ERROR": output_error,
-        "WITH_MASS": with_mass, "TMA": c.tma, "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
+        "BLOCK_N": BLOCK_N, "BLOCKS": BLOCKS_PER_PROGRAM, "ONE_TILE": not variable, "OUTPUT_ERROR": output_error,
+        "TMA": c.tma, "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
         "num_warps": c.num_warps, "num_stages": c.num_stages, "enable_fp_fusion": True,
     }  # fmt: skip
 

@@ -59,7 +59,7 @@ def probe_kernel(
     query_centroids, key, value, key_offsets, key_centroids, value_centroids, error, gap, mass, parts,
     scale, L, Cq, Ck, row_stride,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCKS: tl.constexpr, ONE_TILE: tl.constexpr, OUTPUT_ERROR: tl.constexpr, WITH_MASS: tl.constexpr,
+    BLOCKS: tl.constexpr, ONE_TILE: tl.constexpr, OUTPUT_ERROR: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The module's docstring; all in units of log 2 until it is stored. error: without c_i. parts: c_i over
@@ -160,7 +160,7 @@ def probe_kernel(
         more = tl.where(more < 0, 0.0, more)
         tl.store(error + i, tl.where(n > 0, fault * LN_2, float("-inf")), mask=live)
         tl.store(gap + i, tl.where(n > 0, more * LN_2, float("-inf")), mask=live)
-        if WITH_MASS:
+        if not OUTPUT_ERROR:
             weight = (center + tl.log2(count)) * LN_2
             tl.store(mass + start + i, tl.where(n > 0, weight, float("-inf")), mask=live)
             mass += row_stride

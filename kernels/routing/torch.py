@@ -7,13 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..papers import budgets
 from ..plan import KEY_BLOCK, QUERY_BLOCK
 from ..probe.torch import Scores
-
-TOP_P = 0.9
-FLOOR_PERCENT = 5
-# Probabilities are summed as integers of this unit, see above.
-_UNIT = 2.0**40
 
 
 class Routed(NamedTuple):
@@ -58,7 +54,7 @@ def route(
     """kept [B,H,Cq,Ck] bool. Text rows and columns are always kept; empty key blocks never.
 
     query_sizes [B,H,Cq], key_sizes [B,H,Ck]: tokens per block. density: exact video query-key pairs over all
-    of them; None spends what top-p 0.9 would keep.
+    of them; None, for the papers' routings alone: what top-p 0.9 would keep.
     """
     video = (slice(None), slice(None), slice(video_query_blocks), slice(video_key_blocks))
     rows, columns = query_sizes[:, :, :video_query_blocks].long(), key_sizes[:, :, :video_key_blocks]
@@ -70,23 +66,11 @@ def route(
     mass = mass.masked_fill(unknown, -torch.inf)
 
     if routing == "output_error":
-        if density is None:
-            budget = (_top_p_cost(mass, cost) * rows).sum(dim=(1, 2))
-        else:
-            pairs = (rows.sum(-1) * columns.sum(-1)).sum(-1)
-            budget = (pairs.double() * density).long()
-        chosen = _one_budget(error, cost, rows, budget)
-    elif routing in ("svg_ear", "mass"):
-        floor = (columns > 0).sum(-1)[..., None, None]
-        floor = -(-floor * (FLOOR_PERCENT if routing == "svg_ear" else 0) // 100)
-        score = _floor_first(error, mass, floor) if routing == "svg_ear" else mass
-        if density is None:
-            budget = _top_p_cost(mass, cost)
-        else:
-            budget = (columns.sum(-1, keepdim=True).double() * density).ceil().long()
-        chosen = _row_budgets(score, cost, budget, floor)
+        assert density is not None, "only the papers' budgets find one"
+        pairs = (rows.sum(-1) * columns.sum(-1)).sum(-1)
+        chosen = _one_budget(error, cost, rows, (pairs.double() * density).long())
     else:
-        raise ValueError(f"unknown routing {routing!r}")
+        chosen = budgets.chosen(error, mass, cost, columns, routing, density)
 
     kept = (key_sizes > 0)[:, :, None].expand(scores.error.shape).clone()
     kept[video] &= (chosen | unknown) & (rows > 0)[..., None]
@@ -99,38 +83,6 @@ def _one_budget(error: Tensor, cost: Tensor, rows: Tensor, budget: Tensor) -> Te
     spent = (cost * rows[..., None]).flatten(1).gather(-1, rank).cumsum(-1)
     fits = spent <= budget[:, None]
     return torch.empty_like(fits).scatter_(-1, rank, fits).view(error.shape)
-
-
-def _top_p(mass: Tensor) -> Tensor:
-    """The smallest set of blocks per row whose share of the centroid mass is at least TOP_P: bool."""
-    share, rank = mass.softmax(-1).nan_to_num(0).sort(dim=-1, descending=True, stable=True)
-    share = (share.double() * _UNIT).long()
-    chosen = share.cumsum(-1) - share < int(TOP_P * _UNIT)
-    return torch.empty_like(chosen).scatter_(-1, rank, chosen)
-
-
-def _top_p_cost(mass: Tensor, cost: Tensor) -> Tensor:
-    """Keys of those blocks [B,H,Cq] int64: the released code's budget of a row."""
-    return torch.where(_top_p(mass), cost, 0).sum(-1)
-
-
-def _floor_first(error: Tensor, mass: Tensor, floor: Tensor) -> Tensor:
-    """The error, infinite for the `floor` [B,H,1,1] blocks of each row with the largest mass."""
-    rank = mass.argsort(dim=-1, descending=True, stable=True)
-    place = torch.arange(mass.shape[-1], device=mass.device).expand_as(rank)
-    always = torch.empty_like(rank).scatter_(-1, rank, place) < floor
-    return torch.where(always, torch.inf, error.clamp(max=torch.finfo(error.dtype).max))
-
-
-def _row_budgets(score: Tensor, cost: Tensor, budget: Tensor, floor: Tensor) -> Tensor:
-    """Row by row blocks by score until the keys of budget [B,H,Cq or 1] are spent, and the first `floor`
-    [B,H,1,1] in any case; bool."""
-    rank = score.argsort(dim=-1, descending=True, stable=True)
-    spent = cost.gather(-1, rank).cumsum(-1, dtype=torch.int32)
-    before = torch.nn.functional.pad(spent[..., :-1], (1, 0))
-    place = torch.arange(cost.shape[-1], device=cost.device)
-    chosen = (before < budget[..., None]) | (place < floor)
-    return torch.empty_like(chosen).scatter_(-1, rank, chosen)
 
 
 def centroid_bias(scores: Scores, kept: Tensor, key_sizes: Tensor, routing: str, compensate: bool) -> Tensor:

@@ -1,6 +1,6 @@
 """Routing without a sort: which blocks are exact (kernels/routing/torch.py), their lists and the centroids' biases.
 
-"output_error" with a density is one budget for a batch element: the blocks with the largest errors, among
+"output_error" is one budget for a batch element: the blocks with the largest errors, among
 equals the lowest index, while their areas fit into it. Instead of sorting, the error of the first block that
 does not fit is found digit by digit:
 
@@ -11,7 +11,7 @@ does not fit is found digit by digit:
 Then everything above the key is kept, and of the blocks that equal it as many as fit, in their order; `ties`
 knows their areas row by row. Areas are summed as integers, so atomic additions in any order give the
 same bits. The rules for text, empty blocks and errors that are NaN are route.py's, whose choice is equaled in
-every bit for the same scores. All other budgets are route.py's; what it keeps only gets its lists here.
+every bit for the same scores. The papers' budgets are route.py's; what it keeps only gets its lists here.
 
 error and gap [B,H,Cq,Ck] float32 of any strides, alike (kernels/probe/triton.py lays them as [B,H,Ck,Cq]); outputs
 are contiguous. Nothing is read back.
@@ -71,7 +71,7 @@ def select(
     kept = shift = state = ties = None
     zeros = torch.zeros(2 + B * _STATE, dtype=torch.int64, device=device)
     areas, sizes = zeros[:2], (H, Cq, Ck, *video, *gap.stride())
-    choose = routing == "output_error" and density is not None
+    choose = routing == "output_error"
     if choose:
         state, ties = zeros[2:], torch.empty((B, H, Cq), dtype=torch.int64, device=device)
         shift = shift_of(scores, routing)

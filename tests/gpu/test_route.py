@@ -29,7 +29,7 @@ def test_as_many_blocks_as_wan_720p_has(errors):
 
 @pytest.mark.parametrize(
     ("routing", "density"),
-    [("svg_ear", 0.3), ("svg_ear", None), ("output_error", None), ("mass", 0.3), ("mass", None)],
+    [("svg_ear", 0.3), ("svg_ear", None), ("mass", 0.3), ("mass", None)],
 )
 def test_lists_of_what_is_chosen_elsewhere(routing, density):
     check(case((1, 4, 200, 700), (1, 3), masked=True, errors="bad", device="cuda"), routing, density)

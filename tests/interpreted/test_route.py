@@ -43,7 +43,7 @@ def test_nothing_but_text_and_no_key_at_all():
 
 @pytest.mark.parametrize(
     ("routing", "density"),
-    [("svg_ear", 0.3), ("svg_ear", None), ("output_error", None), ("mass", 0.3), ("mass", None)],
+    [("svg_ear", 0.3), ("svg_ear", None), ("mass", 0.3), ("mass", None)],
 )
 def test_lists_of_what_is_chosen_elsewhere(routing, density):
     check(case(masked=True, errors="bad"), routing, density)

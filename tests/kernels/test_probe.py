@@ -14,14 +14,14 @@ from svg_ear_compile.kernels.probe import torch as probe
 
 EPS = torch.finfo(torch.float32).eps
 ROUTINGS = ("output_error", "svg_ear")
-# Name: sizes of the key blocks per head, and the most that a block may hold where the probe is told.
-LAYOUTS: dict[str, tuple[list[list[int]], int | None]] = {
-    "tiles": ([[64, 64, 64], [64, 64, 64]], 64),
-    "ragged tail": ([[64, 64, 1], [64, 64, 1]], 64),
-    "text and masked keys": ([[64, 64, 17, 0, 64, 3], [64, 50, 0, 0, 30, 0]], 64),
-    "clusters": ([[1, 90, 0, 33, 5], [0, 0, 130, 0, 1]], None),
-    "tiles, unknown": ([[64, 64, 17, 0, 64, 3], [64, 50, 0, 0, 30, 0]], None),
-    "no key": ([[0, 0], [3, 0]], None),
+# Name: sizes of the key blocks per head, and whether the probe must take them to be of any size.
+LAYOUTS: dict[str, tuple[list[list[int]], bool]] = {
+    "tiles": ([[64, 64, 64], [64, 64, 64]], False),
+    "ragged tail": ([[64, 64, 1], [64, 64, 1]], False),
+    "text and masked keys": ([[64, 64, 17, 0, 64, 3], [64, 50, 0, 0, 30, 0]], False),
+    "clusters": ([[1, 90, 0, 33, 5], [0, 0, 130, 0, 1]], True),
+    "tiles, unknown": ([[64, 64, 17, 0, 64, 3], [64, 50, 0, 0, 30, 0]], True),
+    "no key": ([[0, 0], [3, 0]], True),
 }
 
 
@@ -29,7 +29,7 @@ class Case:
     """Queries, keys and values in block order for one layout of LAYOUTS; B = 2, the same sizes in both."""
 
     def __init__(self, layout: str, dim: int = 16, rows: int = 5, sharp: float = 1.0, seed: int = 0) -> None:
-        sizes, self.largest = LAYOUTS[layout]
+        sizes, self.variable = LAYOUTS[layout]
         g = torch.Generator().manual_seed(seed)
         ends = torch.tensor(sizes).cumsum(-1)
         self.offsets = torch.cat([torch.zeros(2, 1), ends], -1).int().expand(2, 2, -1).contiguous()
@@ -45,7 +45,7 @@ class Case:
         c = {"queries": self.queries, "key": self.key, "value": self.value, **changes}
         kc, vc = (permute.block_means(x, self.offsets) for x in (c["key"], c["value"]))
         return probe.probe(
-            c["queries"], c["key"], c["value"], self.offsets, kc, vc, self.scale, routing, self.largest
+            c["queries"], c["key"], c["value"], self.offsets, kc, vc, self.scale, routing, self.variable
         )
 
     def blocks(self, b: int, h: int) -> list[tuple[int, int, int]]:

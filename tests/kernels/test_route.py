@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -101,8 +102,10 @@ def test_one_budget_equals_greedy(density: float, ties: bool) -> None:
         assert found == one_budget(case, b, density)
 
 
-@pytest.mark.parametrize("routing", ROUTINGS)
-@pytest.mark.parametrize("density", [None, 0.0, 0.3, 1.0])
+@pytest.mark.parametrize(
+    ("routing", "density"),
+    [*itertools.product(ROUTINGS, (0.0, 0.3, 1.0)), ("svg_ear", None), ("mass", None)],
+)
 @pytest.mark.parametrize("text", [(0, 0), (1, 2)])
 def test_text_is_exact_and_empty_blocks_are_not(
     routing: str, density: float | None, text: tuple[int, int]
@@ -175,8 +178,9 @@ def test_ties_go_to_the_lowest_index(routing: str) -> None:
     assert kept.sum() == 60
 
 
-@pytest.mark.parametrize("routing", ROUTINGS)
-@pytest.mark.parametrize("density", [0.3, None])
+@pytest.mark.parametrize(
+    ("routing", "density"), [*((routing, 0.3) for routing in ROUTINGS), ("svg_ear", None), ("mass", None)]
+)
 def test_an_unknown_error_is_exact_and_costs_nobody_anything(routing: str, density: float | None) -> None:
     case = Case()
     broken = [x.clone() for x in case.scores]
@@ -351,8 +355,9 @@ class Watch(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("order", ["cubes", "splits", "kmeans"])
-@pytest.mark.parametrize("routing", ROUTINGS)
-@pytest.mark.parametrize("density", [0.2, None])
+@pytest.mark.parametrize(
+    ("routing", "density"), [*((routing, 0.2) for routing in ROUTINGS), ("svg_ear", None), ("mass", None)]
+)
 def test_nothing_is_read_back_and_nothing_is_atomic(order: str, routing: str, density: float | None) -> None:
     q, k, v = (x[..., :300, :] for x in clustered(0))
     valid = (torch.arange(300) < 290)[None]

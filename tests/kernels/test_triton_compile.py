@@ -164,15 +164,15 @@ def check(kernel, tmp_path, capability, dtype, stack=0):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("one_tile", [True, False], ids=["tiles", "clusters"])
+@pytest.mark.parametrize("variable", [False, True], ids=["tiles", "clusters"])
 @pytest.mark.parametrize("routing", ["output_error", "svg_ear"])
 @pytest.mark.parametrize("capability", SMALL_KERNELS_ON, ids=named)
-def test_probe(tmp_path, capability, routing, one_tile):
+def test_probe(tmp_path, capability, routing, variable):
     for head_dim in (16, 64, 96, 128, 192, 256) if EVERYTHING else (128,):
         for dtype in NAMES if EVERYTHING else (torch.bfloat16,):
             c = probe_config_for(capability, head_dim, dtype)
             by_token = routing == "svg_ear"
-            options = triton_probe.meta(c, head_dim, dtype, one_tile, not by_token, by_token)
+            options = triton_probe.meta(c, head_dim, dtype, variable, not by_token)
             types, absent = ({"value": "*fp32"}, ()) if by_token else (None, ("mass",))
             kernel = compiled(triton_probe.probe_kernel, capability, dtype, options, types, absent)
             check(kernel, tmp_path, capability, dtype)
