@@ -1,11 +1,21 @@
-"""The console script `svg-ear`."""
+"""The console script `svg-ear`: parses, calls a command of commands/, and prints what it found."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from importlib import import_module
+
+COMMANDS = {
+    "doctor": "what runs on this machine, and why not more; with a self-test",
+    "run": "run a script with sparse attention, unchanged",
+    "explain": "run a script densely, and show what would be rewritten and why not more",
+    "bench": "how fast attention is on this machine, and from how many tokens on sparsity pays",
+    "compare": "PSNR, SSIM and VMAF between two clips, and pictures of the difference",
+    "demo": "sample one clip densely and with svg_ear, and compare them",
+}
 
 
 def size_argument(text: str) -> tuple[int, int, int]:
@@ -18,37 +28,35 @@ def size_argument(text: str) -> tuple[int, int, int]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns the exit status."""
-    from .demo import PROMPT, Demo, run
-    from .tiny_wan import GUIDANCE
+    """Runs the command line. Returns the exit status: 0, 1 if something is wrong, 2 for wrong arguments.
 
+    `run` and `explain` return the status of their script.
+    """
     parser = argparse.ArgumentParser(
         prog="svg-ear", description="Block-sparse attention for video transformers."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser("demo", help="sample one clip densely and with svg_ear, and compare them")
-    demo.add_argument("--steps", type=int, help="sampling steps (default: 10 on a CPU, 30 on a GPU)")
-    demo.add_argument(
-        "--size", type=size_argument, help="FxHxW in pixels (default: 16x64x64, on a GPU 16x128x128)"
-    )
-    demo.add_argument("--density", type=float, default=0.25, help="share of the attention computed exactly")
-    demo.add_argument("--seed", type=int, default=0)
-    demo.add_argument("--prompt", default=PROMPT, help="default: %(default)s")
-    demo.add_argument(
-        "--guidance", type=float, help=f"classifier-free guidance (default: {GUIDANCE:g}; 1: none)"
-    )
-    demo.add_argument("--out", type=Path, default=Path("outputs/demo"), help="folder for what is written")
-    demo.add_argument("--device", default="auto")
-    demo.add_argument("--weights", type=Path, help="folder of another tiny Wan model")
-    demo.add_argument("--no-compensation", dest="compensation", action="store_false")
-    given = vars(parser.parse_args(argv))
-    del given["command"]
+    modules = {name: import_module(f"{__package__}.commands.{name}") for name in COMMANDS}
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=modules[name].__doc__)
+        command.add_argument("--json", action="store_true", help="print JSON, and everything else to stderr")
+        modules[name].add_arguments(command)
+    arguments = parser.parse_args(argv)
     try:
-        run(Demo(**given))
+        found = modules[arguments.command].run(arguments)
     except (FileNotFoundError, ValueError) as problem:
         print(f"svg-ear: {problem}", file=sys.stderr)
         return 1
-    return 0
+    except ModuleNotFoundError as problem:
+        print(
+            f"svg-ear: {problem}; pip install 'svg-ear-compile[video]' has all that it needs", file=sys.stderr
+        )
+        return 1
+    if arguments.json:
+        print(json.dumps(found.data, indent=1))
+    elif found.text:
+        print(found.text)
+    return int(found.status)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import subprocess
 import tempfile
 from collections.abc import Mapping
@@ -72,7 +73,12 @@ def ssim(reference: Tensor, clip: Tensor) -> float:
 
 
 def vmaf(reference: Tensor, clip: Tensor) -> float:
-    """Netflix's perceptual metric, mean over frames: 0 to 100, about 97 to 100 for equal clips.
+    """The mean of `vmaf_frames`."""
+    return statistics.mean(vmaf_frames(reference, clip))
+
+
+def vmaf_frames(reference: Tensor, clip: Tensor) -> list[float]:
+    """Netflix's perceptual metric of each frame: 0 to 100, about 97 to 100 for equal clips.
 
     A regression of what viewers said (model vmaf_v0.6.1) on how detail and motion are kept. Its weights come
     with ffmpeg, which comes with imageio-ffmpeg. It was fitted to people who watch 1080p: scores of other
@@ -97,7 +103,7 @@ def vmaf(reference: Tensor, clip: Tensor) -> float:
         if ran.returncode:
             raise RuntimeError(f"ffmpeg computes no VMAF (is it built with libvmaf?): {ran.stderr.strip()}")
         told = json.loads(Path(folder, "vmaf.json").read_text())
-    return float(told["pooled_metrics"]["vmaf"]["mean"])
+    return [float(frame["metrics"]["vmaf"]) for frame in told["frames"]]
 
 
 def _picture(pixels: Tensor, label: str, scale: int) -> Image:
@@ -118,7 +124,8 @@ def write_side_by_side(path: Path, clips: Mapping[str, Tensor], fps: int = 8, sc
     import imageio.v3 as iio
     import numpy as np
 
-    rows = [F.pad(frames_last(clip), (0, 0, 0, 1)) for clip in clips.values()]  # a black column between
+    gap = int(len(clips) > 1)  # a black column between
+    rows = [F.pad(frames_last(clip), (0, 0, 0, gap)) for clip in clips.values()]
     frames = []
     for pictures in zip(*rows, strict=True):
         labelled = [_picture(p, name, scale) for p, name in zip(pictures, clips, strict=True)]

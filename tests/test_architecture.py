@@ -44,7 +44,10 @@ def test_arrows(name: str) -> None:
         assert root <= {f"{PACKAGE}.exceptions"}
     elif stem != "backend":
         assert passes <= {f"{PACKAGE}.passes.site"}, "backend.py alone knows all parts"
-        own = {"functional": {"ops", "planning", "reference", "constants"}}.get(stem, {"context"})
+        own = {
+            "functional": {"ops", "planning", "reference", "constants"},
+            "doctor": {"attention.choice"},
+        }.get(stem, {"context"})
         assert kernels <= {f"{PACKAGE}.kernels.{part}" for part in own}
     if name in SETTINGS:
         assert GRAPH[name] <= SETTINGS

@@ -16,7 +16,7 @@ from torch import fx
 
 from .. import compat
 from .records import GraphRecord
-from .table import report
+from .table import Report, report
 
 log = logging.getLogger("svg_ear_compile")
 """TORCH_LOGS="+svg_ear_compile" shows it."""
@@ -27,6 +27,9 @@ SHORT = 1024
 _T = TypeVar("_T")
 _seen: set[object] = set()
 _paths: set[str] = set()
+_collected: list[GraphRecord] = []
+"""Records for a report at exit, when their models may be gone."""
+_collects = False
 
 
 def announce(record: GraphRecord) -> None:
@@ -52,9 +55,11 @@ def _announce(record: GraphRecord) -> None:
         log.info("graph %s\n%s", record.number, text)
         compat.trace_artifact("svg_ear_report", text)
         wanted = record.resolved.settings.report or record.resolved.switch == "report"
+        if isinstance(wanted, str) or _collects:
+            _collected.append(record)
         if isinstance(wanted, str):
             _write(wanted, record.resolved.settings.strict)
-        elif wanted and _first(tuple(record.sites)):
+        elif wanted and not _collects and _first(tuple(record.sites)):
             print(text, file=sys.stderr)
     trouble = complaint(record)
     if trouble is None:
@@ -119,10 +124,21 @@ def _write(path: str, strict: bool) -> None:
     _write_all(strict)
 
 
+def collect() -> None:
+    """From now on the caller shows the report, at the end (`collected`)."""
+    global _collects
+    _collects = True
+
+
+def collected() -> Report:
+    """The report over all graphs since `collect`, or since a path was named; those whose models are gone, too."""
+    return report(_collected)
+
+
 def _write_all(strict: bool = False) -> None:
     try:
-        current = report()
-        if current.sites:  # at exit the model may be gone: then keep what was written before
+        current = collected()
+        if current.sites:  # after torch._dynamo.reset() there is nothing: then keep what was written before
             for path in _paths:
                 current.write(path)
     except Exception as error:
@@ -146,5 +162,6 @@ def log_graph(when: str, gm: fx.GraphModule) -> None:
 
 
 def clear() -> None:
-    """Forgets what was said, so that it may be said again."""
+    """Forgets what was said, so that it may be said again, and what was collected."""
     _seen.clear()
+    _collected.clear()

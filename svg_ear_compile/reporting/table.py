@@ -152,6 +152,12 @@ class Report:
             f"{t['rewritten']} of {t['sites']} attention sites rewritten, with {t['coverage']:.1%} of the "
             f"attention FLOPs; the plan computes {planned:.1%} of all FLOPs"
         ]
+        would = [s.flops_dense for s in self.sites if s.decision.reason == "REPORT_ONLY"]
+        if would:
+            share = sum(would) / t["flops_dense"]
+            lines = [
+                f"{len(would)} of {t['sites']} would be rewritten, with {share:.1%} of the attention FLOPs"
+            ]
         others = dict.fromkeys(name for graph in self.graphs for name in graph.other_attention)
         lines += [f"left as it is: {name}" for name in others]
         hints = {d.sentence.split(" (")[0]: d.hint for d in (s.decision for s in self.sites) if d.hint}
