@@ -102,7 +102,8 @@ def test_scores(dtype, routing, equal):
             budget += 2 * (low[some] - expected.error[some]).abs().max().item()
         assert (actual.error.cpu()[some] - expected.error[some]).abs().max() <= budget
         again = triton_probe.probe(*tensors, scale, routing, variable)
-        assert all(torch.equal(a, b) for a, b in zip(rows, again, strict=True))
+        pairs = zip(rows, again, strict=True)
+        assert all(a is b is None or torch.equal(a, b) for a, b in pairs)
 
 
 def test_nan_blocks_are_nan_and_stay_in_their_head():

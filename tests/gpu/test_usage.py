@@ -11,6 +11,7 @@ from torch import Tensor
 from toy import SPARSE, calls, compiled
 
 import svg_ear_compile
+from svg_ear_compile.kernels import dense
 
 pytest.importorskip("diffusers")
 from usage.wan import LAYERS, arguments, error, wan
@@ -80,18 +81,19 @@ def test_replays_plan_for_their_own_input() -> None:
 
 def test_two_streams() -> None:
     """Models on streams of their own, queued together, give the bits that they give one after another."""
-    runs = [compiled(on_gpu(wan()), SPARSE_3) for _ in range(2)]
-    expected = [run(**inputs(500, seed))[0].clone() for seed, run in enumerate(runs)]
     given = [inputs(500, seed) for seed in range(2)]
+    alone = [compiled(on_gpu(wan()), SPARSE_3) for _ in given]
+    expected = [[run(**call)[0].clone() for run, call in zip(alone, given, strict=True)] for _ in range(5)]
+    together = [compiled(on_gpu(wan()), SPARSE_3) for _ in given]
     torch.cuda.synchronize()
-    streams = [torch.cuda.Stream() for _ in runs]
-    for _ in range(5):
+    streams = [torch.cuda.Stream() for _ in given]
+    for of_call in expected:
         got = []
-        for run, call, stream in zip(runs, given, streams, strict=True):
+        for run, call, stream in zip(together, given, streams, strict=True):
             with torch.cuda.stream(stream):
                 got.append(run(**call)[0])
         torch.cuda.synchronize()
-        assert all(torch.equal(ours, alone) for ours, alone in zip(got, expected, strict=True))
+        assert all(torch.equal(ours, one) for ours, one in zip(got, of_call, strict=True))
 
 
 def test_group_offloading_with_streams() -> None:
@@ -146,21 +148,32 @@ def test_model_cpu_offloading_of_a_pipeline() -> None:
     assert calls() == (2 * before[0], {"dense layers": 2 * before[0]})
 
 
-def test_a_mask_is_read_once_and_then_nobody_waits() -> None:
-    """Where the user tells the steps, nothing is read in a generation's later calls."""
+def test_a_call_waits_for_nothing_but_its_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the user tells the steps, a mask is read once in each call of the model, and nothing else ever is."""
     from models.tiny import build
 
     model, arguments_of = build("hunyuan_video")
     torch.manual_seed(1)
     call = {name: x.to(DEVICE) if isinstance(x, Tensor) else x for name, x in arguments_of(2, 16, 16).items()}
     run = compiled(model.to(DEVICE), {**DENSITY_1, "min_tokens": 1}, dynamic=False)
+    read, reads = dense.read_seen_keys, []
 
+    def waiting(mask: Tensor) -> int | None:
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("default")
+        reads.append(read(mask))
+        torch.cuda.set_sync_debug_mode(mode)
+        return reads[-1]
+
+    monkeypatch.setattr(dense, "read_seen_keys", waiting)
     with svg_ear_compile.generation(num_steps=4, branches=1):
         run(**call)
         run(**call)
         torch.cuda.synchronize()
+        reads.clear()
         with no_waiting():
             run(**call)
-    sparse, dense = calls()
+    assert len(reads) == 1
+    sparse, dense_calls = calls()
     assert sparse > 0
-    assert not dense
+    assert not dense_calls
