@@ -7,8 +7,8 @@ The GPUs share the tokens by diffusers' Ulysses attention: `enable_parallelism` 
 layers, random weights, bfloat16. A step here is one call of the transformer; guidance makes two of them.
 
 - seconds: of a step, in the median; on several GPUs that of the slowest. On one GPU each runs for itself.
-- collectives: milliseconds that a GPU spends in NCCL's kernels in one step. The GPU that comes last does not wait: the
-  least of all GPUs is what the exchange takes.
+- collectives: milliseconds in NCCL's kernels in one step. The GPU that comes last to an exchange does not wait: the
+  least of all GPUs, summed over the exchanges, is what they take. JSON also has each GPU's sum, waiting included.
 - off: how far the output is from that of plain Inductor on one GPU, relative to it.
 
 Checked, with exit status 1: outputs are finite; every self attention call is sparse; on several GPUs plain Inductor,
@@ -94,17 +94,21 @@ def synchronize(args: argparse.Namespace) -> None:
         torch.cuda.synchronize()
 
 
-def in_collectives(step: Callable[[], Any], args: argparse.Namespace) -> list[float] | None:
-    """By rank, milliseconds in NCCL's kernels."""
+def in_collectives(step: Callable[[], Any], args: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds in NCCL's kernels: of the exchanges alone, and by rank with waiting."""
     if args.device == "cpu":
-        return None
+        return {"collectives": None}
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         step()
         torch.cuda.synchronize()
-    events = [event for event in profiler.events() if "nccl" in event.name.lower()]
+    kernels = [event for event in profiler.events() if event.name.startswith("ncclDevKernel")]
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, sum(event.device_time for event in events) / 1e3)
-    return everyone
+    dist.all_gather_object(everyone, [kernel.device_time / 1e3 for kernel in kernels])
+    return {
+        "collectives": sum(map(min, zip(*everyone, strict=False))),
+        "collectives by rank": [sum(times) for times in everyone],
+        "number of collectives": [len(times) for times in everyone],
+    }
 
 
 def measure(
@@ -138,9 +142,11 @@ def measure(
         "seconds": statistics.median(seconds[1:]) if steps else None,
         "first step": seconds[0],
         "of each step": seconds[1:],
-        "collectives": in_collectives(lambda: step(steps + 1), args) if shared and steps else None,
+        "collectives": None,
         "finite": bool(first.isfinite().all()),
     }
+    if shared and steps:
+        figures |= in_collectives(lambda: step(steps + 1), args)
     report = svg_ear_compile.report()
     totals = report.totals()
     if report.sites:
