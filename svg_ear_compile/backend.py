@@ -9,6 +9,7 @@ If our passes fail, the graph is compiled as plain Inductor would compile it.
 from __future__ import annotations
 
 import os
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -54,8 +55,11 @@ def svg_ear(
         return inner(gm, example_inputs)
     record, graph = records.new_record(resolved), gm.graph
     try:
+        begin = time.perf_counter()
         plan = _apply_passes(gm, example_inputs, resolved, record)
+        middle = time.perf_counter()
         compiled, plan = _compile(inner, gm, graph, example_inputs, plan, record)
+        record.passes_seconds, record.compiling_seconds = middle - begin, time.perf_counter() - middle
     except BaseException:
         records.drop(record)
         raise

@@ -86,7 +86,7 @@ def _layers(value: Any) -> tuple[tuple[int, int], ...]:
 
 def _report(value: Any) -> bool | str:
     text = os.fspath(value) if not isinstance(value, (bool, int)) else str(value)
-    return text if text.endswith(".json") else _bool(text)
+    return text if text.endswith((".html", ".json")) else _bool(text)
 
 
 def _setting(default: Any, parse: Callable[[Any], Any], allowed: str, doc: str) -> Any:
@@ -183,8 +183,8 @@ class Settings:
         "measured error is then clearly smaller; else splits",
     )  # fmt: skip
     report: bool | str = _setting(
-        False, _report, "0, 1, or a path that ends in .json",
-        "1 prints the report at compile time; a path writes it there as JSON",
+        False, _report, "0, 1, or a path that ends in .html or .json",
+        "1 prints the report at compile time; a path writes it there, then and at exit, as a web page or as JSON",
     )  # fmt: skip
 
     @property

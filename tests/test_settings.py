@@ -58,6 +58,7 @@ def test_defaults() -> None:
         ("report", "1", True),
         ("report", "0", False),
         ("report", "/tmp/x.json", "/tmp/x.json"),
+        ("report", "x.html", "x.html"),
     ],
 )
 def test_an_option_and_its_variable_mean_the_same(name: str, text: str, expected: object) -> None:

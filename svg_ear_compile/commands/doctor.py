@@ -7,24 +7,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from importlib.metadata import distributions, entry_points
+from importlib.metadata import entry_points
 from typing import Any
 
 from . import Outcome
-
-PACKAGES = (
-    "svg-ear-compile",
-    "torch",
-    "triton",
-    "diffusers",
-    "transformers",
-    "accelerate",
-    "peft",
-    "torchao",
-)
 
 
 @dataclass(frozen=True)
@@ -42,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> Outcome:
-    checks = [*_versions(), *_devices(), *_kernels(), *_switches(), _self_test()]
+    checks = [*_machine(), *_kernels(), *_switches(), _self_test()]
     words = {True: "ok", False: "FAULT", None: ""}
     lines = [
         f"{words[c.ok]:6}{c.name:16}{c.found}" + (f"\n{'':22}-> {c.hint}" if c.hint else "") for c in checks
@@ -52,41 +40,24 @@ def run(arguments: argparse.Namespace) -> Outcome:
     return Outcome([asdict(c) for c in checks], "\n".join(lines), int(bool(faults)))
 
 
-def versions() -> dict[str, str]:
-    """Of Python and the packages that are installed."""
-    installed = {name: d.version for d in distributions() if (name := d.metadata["Name"]) in PACKAGES}
-    return {"python": platform.python_version()} | {
-        name: installed[name] for name in PACKAGES if name in installed
-    }
-
-
-def _versions() -> Iterator[Check]:
-    found = versions()
-    yield Check("versions", None, ", ".join(f"{name} {number}" for name, number in found.items()))
-    yield Check("system", None, f"{platform.platform()}, {os.cpu_count()} CPU cores")
-    if "diffusers" not in found:
-        yield Check(
-            "diffusers",
-            None,
-            "not installed",
-            "pip install 'svg-ear-compile[video]', unless the model is your own",
-        )
-
-
-def _devices() -> Iterator[Check]:
+def _machine() -> Iterator[Check]:
     import torch
 
-    for i in range(torch.cuda.device_count()):
-        about = torch.cuda.get_device_properties(i)
-        size = f"{about.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
-        text = f"{about.name}, sm_{about.major}{about.minor}, {size}"
-        yield Check(f"GPU {i}", True, text)
+    from ..demo import can_compile
+    from ..reporting import machine
+
+    found = machine.versions()
+    yield Check("versions", None, ", ".join(f"{name} {number}" for name, number in found.items()))
+    for name, text in machine.hardware().items():
+        yield Check(name, None, text)
+    if "diffusers" not in found:
+        yield Check(
+            "diffusers", None, "missing", "pip install 'svg-ear-compile[video]', unless the model is your own"
+        )
     if not torch.cuda.is_available():
         yield Check(
             "GPU", None, "torch sees none", "the speed needs a CUDA GPU, and a torch that is built for it"
         )
-    from ..demo import can_compile
-
     if not can_compile(torch.device("cpu")):
         hint = (
             'install g++ and the Python headers, or set SVG_EAR_INNER=eager (and backend="eager" elsewhere)'

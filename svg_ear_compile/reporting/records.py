@@ -76,6 +76,7 @@ class GraphRecord:
 
     other_attention: nodes that look like attention but do not call SDPA. graph_breaks: why Dynamo broke graphs before
     this one, if it holds no attention. failure: the error because of which the graph was handed on untouched.
+    passes_seconds, compiling_seconds: how long our passes, and what compiles the graph after them, took.
     kernels: which attention kernels run, and why no faster ones do. steps: what the step clock says now.
     grid: (frames, height, width) in tokens, if only the arguments of a call show it. fallbacks: at run time, by reason.
     totals: per device and thread, the sums that the ops keep. logs: what was done in each call of the last few
@@ -88,6 +89,8 @@ class GraphRecord:
     other_attention: list[str] = field(default_factory=list)
     graph_breaks: list[str] = field(default_factory=list)
     failure: str | None = None
+    passes_seconds: float = 0.0
+    compiling_seconds: float = 0.0
     kernels: list[str] = field(default_factory=list)
     steps: str = ""
     grid: tuple[int, int, int] | None = None

@@ -7,17 +7,23 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
-from . import accuracy
+from . import accuracy, machine, steps
 from .accuracy import CallError
+from .page import page
 from .records import GraphRecord, SiteRecord, live_records
 
 SCHEMA_VERSION = 3
+HEAD = (
+    "site", "module", "kind", "q x k", "heads x dim", "mask", "verdict", "density",
+    "GFLOP\ndense", "GFLOP\nplanned", "reason",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,16 @@ class SiteReport:
     executed_area: float | None
     mean_density: float | None
 
+    @property
+    def calls(self) -> int:
+        return self.sparse_calls + sum(self.dense_calls.values())
+
+    @property
+    def flops_computed(self) -> int:
+        """Of all calls so far."""
+        sparse = self.decision.flops_planned(self.measured_density)
+        return sparse * self.sparse_calls + self.flops_dense * (self.calls - self.sparse_calls)
+
 
 @dataclass(frozen=True)
 class Report:
@@ -61,6 +77,8 @@ class Report:
             "coverage": dense / total if total else 0.0,
             "flops_dense": total,
             "flops_planned": sum(s.flops_planned for s in self.sites),
+            "flops_of_calls": sum(s.flops_dense * s.calls for s in rewritten),
+            "flops_computed": sum(s.flops_computed for s in rewritten),
             "sparse_calls": sum(s.sparse_calls for s in rewritten),
             "dense_calls": dict(reasons),
             "measured_density": _mean([s.measured_density for s in rewritten]),
@@ -77,8 +95,8 @@ class Report:
     def print_errors(self) -> None:
         print(accuracy.table(self.errors()))
 
-    def to_json(self) -> str:
-        """The report as JSON. `schema` increases whenever a key goes away or changes its meaning."""
+    def data(self) -> dict[str, Any]:
+        """The report as JSON has it. `schema` increases whenever a key goes away or changes its meaning."""
         graphs = []
         for graph in self.graphs:
             sites = [{**asdict(s.decision), **asdict(s)} for s in self.sites if s.graph == graph.number]
@@ -101,11 +119,35 @@ class Report:
                     "errors": [asdict(error) for error in accuracy.call_errors(graph)],
                 }
             )
-        about = {"schema": SCHEMA_VERSION, "svg_ear_compile": version("svg-ear-compile")}
-        return json.dumps({**about, "graphs": graphs, "totals": self.totals()}, indent=1)
+        times = steps.step_times(self.graphs)
+        return {
+            "schema": SCHEMA_VERSION,
+            "svg_ear_compile": version("svg-ear-compile"),
+            "written": datetime.now().astimezone().isoformat(" ", "seconds"),
+            "versions": machine.versions(),
+            "hardware": machine.hardware(),
+            "peak_memory_gib": machine.peak_memory(),
+            "graphs": graphs,
+            "totals": self.totals(),
+            "time": {
+                "passes_seconds": sum(graph.passes_seconds for graph in self.graphs),
+                "compiling_seconds": sum(graph.compiling_seconds for graph in self.graphs),
+                **steps.summary(times),
+                "steps": [asdict(t) for t in times],
+            },
+        }
+
+    def to_json(self) -> str:
+        return json.dumps(self.data(), indent=1)
+
+    def to_html(self) -> str:
+        """The report as one web page without external parts."""
+        lines = [*self._summary(), *self._failures(), *self._run_time()]
+        return page(self.data(), HEAD, self._rows(), lines)
 
     def write(self, path: str | Path) -> None:
-        Path(path).write_text(self.to_json() + "\n")
+        """As a web page, if the path ends in .html; else as JSON."""
+        Path(path).write_text(self.to_html() if str(path).endswith(".html") else self.to_json() + "\n")
 
     def print(self) -> None:
         print(self)
@@ -120,9 +162,11 @@ class Report:
             )  # fmt: skip
             breaks = dict.fromkeys(x for graph in self.graphs for x in graph.graph_breaks)
             return "\n".join([first, *(f"graph break: {x}" for x in breaks), *self._failures()])
-        return "\n".join([self._table(), *self._summary(), *self._failures(), *self._run_time()])
+        widths = [None] * 5 + [18] + [None] * 4 + [36]
+        table = tabulate(self._rows(), HEAD, maxcolwidths=widths, disable_numparse=True)
+        return "\n".join([table, *self._summary(), *self._failures(), *self._run_time()])
 
-    def _table(self) -> str:
+    def _rows(self) -> list[list[str]]:
         """Sites that differ only in the numbers of their module paths share a row."""
         rows: dict[tuple[Any, ...], list[SiteReport]] = {}
         for site in self.sites:
@@ -138,12 +182,7 @@ class Report:
             number = f"{graph}.{group[0].decision.site}" + (f" ({len(group)}x)" if len(group) > 1 else "")
             name = path if len(group) > 1 else group[0].decision.module_path
             table.append([number, name, *rest])
-        head = [
-            "site", "module", "kind", "q x k", "heads x dim", "mask", "verdict", "density",
-            "GFLOP\ndense", "GFLOP\nplanned", "reason",
-        ]  # fmt: skip
-        widths = [None] * 5 + [18] + [None] * 4 + [36]
-        return tabulate(table, head, maxcolwidths=widths, disable_numparse=True)
+        return table
 
     def _summary(self) -> list[str]:
         t = self.totals()

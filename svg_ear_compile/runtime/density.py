@@ -16,8 +16,9 @@ depends neither on the speed of anything nor on what ran before the generation.
 from __future__ import annotations
 
 import math
+import time
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -56,7 +57,10 @@ class Decision(SiteDecision):
 
 @dataclass(eq=False)
 class CallLog:
-    """What one attention site did in one call. sums: what it measured; audited: the same over all rows."""
+    """What one attention site did in one call.
+
+    sums: what it measured; audited: the same over all rows. end: when the host had issued it, in seconds.
+    """
 
     site: int
     model: int
@@ -66,6 +70,7 @@ class CallLog:
     decision: Decision
     sums: Sums | None = None
     audited: Sums | None = None
+    end: float = field(default_factory=time.perf_counter)
 
     def error(self) -> Error | None:
         """The error of the output, if it was measured; None for the trials of a dense call. Waits for the device."""

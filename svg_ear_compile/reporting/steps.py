@@ -1,0 +1,46 @@
+"""How long did each step of the last generation take?"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .records import GraphRecord
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """seconds: from the last attention call of the step before to the last of this one, as the host saw it.
+
+    On a GPU the host may be a step ahead. sparse: the share of the step's attention calls that ran sparse.
+    """
+
+    step: int
+    seconds: float
+    sparse: float
+
+
+def step_times(graphs: Sequence[GraphRecord]) -> list[StepTime]:
+    """All steps but the first, which compiles and whose beginning is not known."""
+    last = max((max(graph.logs) for graph in graphs if graph.logs), default=None)
+    logs = [log for graph in graphs for log in (graph.last_generation() if last in graph.logs else ())]
+    ends: dict[int, float] = {}
+    sparse: dict[int, list[bool]] = {}
+    for log in logs:
+        ends[log.step] = max(log.end, ends.get(log.step, 0.0))
+        sparse.setdefault(log.step, []).append(not log.decision.dense)
+    steps = sorted(ends)
+    return [StepTime(b, ends[b] - ends[a], statistics.mean(sparse[b])) for a, b in itertools.pairwise(steps)]
+
+
+def summary(times: Sequence[StepTime]) -> dict[str, Any]:
+    """Median seconds of the steps that ran dense, and of those in which most calls were sparse; None without such."""
+    dense = [t.seconds for t in times if not t.sparse]
+    sparse = [t.seconds for t in times if t.sparse > 0.5]
+    return {
+        "dense_step_seconds": statistics.median(dense) if dense else None,
+        "sparse_step_seconds": statistics.median(sparse) if sparse else None,
+    }
