@@ -63,7 +63,7 @@ def make_inputs(args: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
 
     def noise(*size: int) -> Tensor:
         return torch.randn(1, *size, device=args.device, generator=random).to(
-            next(model.blocks.parameters()).dtype
+            model.patch_embedding.weight.dtype
         )
 
     size = (args.frames - 1) // 4 + 1, args.height // 8, args.width // 8
