@@ -261,6 +261,7 @@ def test_reset_forgets_everything(toy: ToyVideo, toy_inputs: ToyInputs) -> None:
     assert {e.step for e in svg_ear_compile.report().errors()} == {0}, "another generation begins"
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.10."), reason="torch 2.10 does, with any backend")
 def test_nothing_refers_to_weights_after_a_call(toy: ToyVideo, toy_inputs: ToyInputs) -> None:
     """Module.to() cannot swap weights that somebody holds weakly."""
     run = compiled(toy, {**EAGER, "dense_steps": 0})

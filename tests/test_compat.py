@@ -213,7 +213,8 @@ def test_is_compiled_to_be_saved_while_aot_compile_runs() -> None:
         seen.append(compat.is_compiled_to_be_saved())
         raise ValueError("seen enough")
 
-    model = torch.compile(nn.Linear(2, 2), backend=backend, fullgraph=True)
+    with torch._dynamo.config.patch(enable_aot_compile=True):  # the default from torch 2.12 on
+        model = torch.compile(nn.Linear(2, 2), backend=backend, fullgraph=True)
     with pytest.raises(Exception, match="seen enough"):
         model.forward.aot_compile(((torch.ones(1, 2),), {}))
     assert seen == [True]
