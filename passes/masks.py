@@ -139,10 +139,9 @@ def _zero_where(bias: fx.Node) -> fx.Node | None:
     first, second = node.args[::-1] if op_name(node) == "rsub" else node.args[:2]
     if op_name(node) not in ("sub", "rsub"):
         return None
-    if isinstance(second, fx.Node):
-        one, keep, sign = first, second, 1  # (1 - keep) * -large
-    else:
-        one, keep, sign = second, first, -1  # (keep - 1) * large
+    minuend = isinstance(second, fx.Node)
+    one, keep = (first, second) if minuend else (second, first)
+    sign = 1 if minuend else -1  # (1 - keep) * -large, (keep - 1) * large
     if _number(one) != 1 or not isinstance(keep, fx.Node) or not _is_large(_number(factor) * sign, HIDES):
         return None
     source = _without(keep, _SAME_VALUES - {"bool"}, until_bool=True)

@@ -124,7 +124,7 @@ def _scale(scale: Any, query: fx.Node) -> Any:
 
 def _forced(node: fx.Node) -> str:
     """The backends that an entered (on leaving: restored) sdpa_kernel context allows; '' if all."""
-    backends = node.args[0] if node.args else ()
+    backends: Any = node.args[0] if node.args else ()
     names = [str(b.args[0]) if isinstance(b, fx.Node) and b.args else str(b) for b in backends]
     names = [name.rpartition(".")[2] for name in names]
     return "" if set(names) >= _FREE_CHOICE else ", ".join(names)

@@ -64,7 +64,7 @@ def rewrite(gm: fx.GraphModule, sites: Sequence[Site], settings: SiteSettings) -
 
 def _copied(call: AttentionNode, copies: dict[fx.Node, fx.Node]) -> AttentionNode:
     """The same call in the copy."""
-    nodes = {k: copies[v] for k, v in vars(call).items() if isinstance(v, fx.Node)}
+    nodes: dict[str, Any] = {k: copies[v] for k, v in vars(call).items() if isinstance(v, fx.Node)}
     return replace(call, **nodes)
 
 

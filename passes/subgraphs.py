@@ -31,7 +31,7 @@ def inline_regions(gm: fx.GraphModule) -> fx.GraphModule:
         graph, copies = copy_graph(gm.graph)
         for node in gm.graph.nodes:
             if _can_inline(gm, node):
-                _inline(graph, copies[node], str(node.args[0].target), _bodies(gm, node)[0])  # type: ignore[union-attr]
+                _inline(graph, copies[node], str(node.args[0].target), _bodies(gm, node)[0])
         graph.lint()
         gm = fx.GraphModule(gm, graph)
     return gm

@@ -55,7 +55,7 @@ def innermost_function(compiled: Callable[..., Any]) -> Callable[..., Any]:
     """The function that Dynamo keeps of what a backend returns: without torch.compiler.disable around it."""
     from torch._dynamo.eval_frame import innermost_fn
 
-    return innermost_fn(compiled)  # type: ignore[no-any-return]
+    return innermost_fn(compiled)
 
 
 def graph_break_reasons() -> list[Any]:
@@ -209,9 +209,10 @@ def writes_in_place(target: Any) -> bool:
 
 def process_group(name: str) -> Any:
     """The torch.distributed.ProcessGroup that a collective of a graph names."""
-    from torch.distributed.distributed_c10d import _resolve_process_group
+    from torch.distributed import distributed_c10d
 
-    return _resolve_process_group(name)
+    resolve: Any = distributed_c10d._resolve_process_group  # takes a str, whatever newer annotations call it
+    return resolve(name)
 
 
 # --- symbolic sizes ---

@@ -65,7 +65,7 @@ def _steps(value: Any) -> int | float:
         value = float(value) if "." in value else int(value)
     if isinstance(value, bool) or value < 0 or (isinstance(value, float) and value >= 1):
         raise ValueError
-    return value  # type: ignore[no-any-return]
+    return value
 
 
 def _layers(value: Any) -> tuple[tuple[int, int], ...]:

@@ -44,7 +44,7 @@ def attend(
     """
     kernel, device, named = kernels_for(query).attention.attend, query.device, tuple(chosen)
     if not any(named):
-        return kernel(query, plan, scale, out, variable)  # type: ignore[no-any-return]
+        return kernel(query, plan, scale, out, variable)
     B, H, blocks, D = plan.query_centroids.shape
     most = max(1, _PART_BYTES // (blocks * D * D * query.element_size()))
     whole = most >= B * H

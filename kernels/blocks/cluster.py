@@ -85,11 +85,11 @@ def make_blocks(
         return _of_heads(torch.cat([of_video, of_text], dim=-1), B, H)
 
     if order == "kmeans":
-        arranged, ends, state = kmeans(x[:, :, lies], seen, counts[0], carried, seed)
+        arranged, ends, centroids = kmeans(x[:, :, lies], seen, counts[0], carried, seed)
         tokens = with_text(arranged)
         return Blocks(
             _of_heads(tokens if valid is None else _masked_last(tokens, valid), B, H), offsets(ends)
-        ), state
+        ), centroids
     if order not in ("auto", "cubes", "splits"):
         raise ValueError(f"unknown order {order!r}")
 
@@ -97,7 +97,8 @@ def make_blocks(
     named = (grid, L, num_text, text_first, B, H, places and places.name)
     if places is not None and places.name is None:  # nothing says that they are the same in the next call
         remember = _make
-    state = numbers = None
+    state: Tensor | None = None
+    numbers: Tensor | None = None
     if everywhere or (order == "auto" and any(split_heads)):
         if not everywhere:
             chosen = tuple(split_heads)

@@ -72,7 +72,8 @@ def gather_with_means(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(key, value) in block order [B,H,L,D] contiguous, then their block means; masked changes nothing."""
     out = key.new_empty(key.shape), value.new_empty(value.shape)
-    return (*out, *_launch((key, value), order, offsets, out))
+    of_keys, of_values = _launch((key, value), order, offsets, out)
+    return (*out, of_keys, of_values)
 
 
 def gathered_means(x: Tensor, order: Tensor, offsets: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -71,7 +71,8 @@ def assign(x: Tensor, valid: Tensor | None, centroids: Tensor, config: Config | 
     (G, N, D), C = x.shape, centroids.shape[1]
     x, centroids = x if x.stride(-1) == 1 else x.contiguous(), centroids.contiguous()
     half = centroids.square().sum(-1) / 2
-    high, low = centroids.to(x.dtype), None
+    high: Any = centroids.to(x.dtype)
+    low: Any = None
     if x.dtype != torch.float32:
         low = (centroids - high).to(x.dtype)
     labels = torch.empty((G, N), dtype=torch.int16 if C < 2**15 else torch.int32, device=x.device)

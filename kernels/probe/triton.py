@@ -100,8 +100,8 @@ def probe(
         queries, *tiles, key_offsets, keys, values, error, gap, mass, parts, scale, L, Cq, Ck, lines,
         **options,
     )  # fmt: skip
-    error, gap, mass = (None if x is None else x[..., :Cq].mT for x in (error, gap, mass))
-    return RowScores(error, mass, gap, parts)
+    error, gap = error[..., :Cq].mT, gap[..., :Cq].mT
+    return RowScores(error, None if mass is None else mass[..., :Cq].mT, gap, parts)
 
 
 def meta(c: Config, head_dim: int, dtype: torch.dtype, variable: bool, output_error: bool) -> dict[str, Any]:

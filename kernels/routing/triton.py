@@ -73,6 +73,7 @@ def select(
     areas, sizes = zeros[:2], (H, Cq, Ck, *video, *gap.stride())
     choose = routing == "output_error"
     if choose:
+        assert density is not None, "only the papers' budgets find one"
         state, ties = zeros[2:], torch.empty((B, H, Cq), dtype=torch.int64, device=device)
         shift = shift_of(scores, routing)
         densities = torch.full((B,), density, dtype=torch.float64, device=device)

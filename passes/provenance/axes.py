@@ -169,7 +169,7 @@ def tensor_inputs(node: fx.Node) -> list[fx.Node]:
 
 def _data_rank(axes: Sequence[Axis]) -> int:
     """2 for what is computed from an activation, 1 for position tables, 0 for parameters and constants."""
-    roots = {atom.root for axis in axes for part in axis for atom in part} - {None}
+    roots = {atom.root for axis in axes for part in axis for atom in part if atom.root is not None}
     ranks = [(1 if POSITIONS.search(last_key(root)) else 2) if is_activation(root) else 0 for root in roots]
     return max(ranks, default=0)
 

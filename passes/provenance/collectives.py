@@ -20,6 +20,7 @@ from torch import fx
 
 from svg_ear_compile.compat import process_group
 
+from ..fx_utils import argument
 from ..sizes import example, hint
 from .axes import Atom, Axes, Axis, Gathered, Part, axis_size, cut_of, part_size
 
@@ -28,9 +29,10 @@ def exchange_rule(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
     """all_to_all_single in equal shares: the first dimension counts the ranks that data came from."""
     if len(node.args) != 4:
         return None
-    source, received, sent, group = node.args
-    dims = axes.flat.get(source) or axes.of.get(source)  # type: ignore[arg-type]
-    shares = [_length(n) for n in (*received, *sent)]  # type: ignore[misc]
+    arguments: tuple[Any, ...] = node.args
+    source, received, sent, group = arguments
+    dims = axes.flat.get(source) or axes.of.get(source)
+    shares = [_length(n) for n in (*received, *sent)]
     if not dims or len(set(shares)) != 1 or 2 * axis_size(dims[0]) != len(shares):
         return None
     ranks = axis_size(dims[0])
@@ -42,7 +44,7 @@ def exchange_rule(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
 
 
 def wait_rule(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
-    source = node.args[0]
+    source = argument(node, 0, "input")
     if source in axes.flat:
         axes.flat[node] = axes.flat[source]
     return axes.of.get(source)

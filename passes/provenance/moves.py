@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from torch import fx
 
@@ -22,7 +23,9 @@ def input_axes(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
 
 def permute_rule(axes: Axes, node: fx.Node) -> Found:
     source = input_axes(axes, node)
-    dims = node.args[1:] if len(node.args) > 2 else (argument(node, 1, "dims") or range(len(source or ())))
+    dims: Any = (
+        node.args[1:] if len(node.args) > 2 else (argument(node, 1, "dims") or range(len(source or ())))
+    )
     dims = dims[0] if len(dims) == 1 and isinstance(dims[0], (list, tuple)) else dims
     return tuple(source[d] for d in dims) if source else None
 

@@ -25,7 +25,7 @@ def matmul_rule(axes: Axes, node: fx.Node) -> Found:
 
 
 def baddbmm_rule(axes: Axes, node: fx.Node) -> Found:
-    first, second = (axes.of.get(n) for n in node.args[1:3]) if len(node.args) > 2 else (None, None)
+    first, second = axes.of.get(argument(node, 1, "batch1")), axes.of.get(argument(node, 2, "batch2"))
     return (*first[:-1], second[-1]) if first and second else None
 
 

@@ -93,7 +93,7 @@ def _unbind(axes: Axes, node: fx.Node) -> Found:
 
 
 def _getitem(axes: Axes, node: fx.Node) -> Found:
-    source, index = node.args[:2]
+    source, index = argument(node, 0, "input"), node.args[1]
     if source in axes.items:
         return axes.items[source][index] if isinstance(index, int) else None
     if source not in axes.of:
@@ -158,7 +158,8 @@ def _reorder(axes: Axes, node: fx.Node) -> Found:
 
 def _setitem(axes: Axes, node: fx.Node) -> Found:
     """x[index] = value: where whole dimensions are written, a fresh x learns its axes from the value."""
-    target, index, value = node.args
+    arguments: tuple[Any, ...] = node.args
+    target, index, value = arguments
     old, new = axes.of.get(target), axes.of.get(value) if isinstance(value, fx.Node) else None
     items = index if isinstance(index, tuple) else (index,)
     if old and new and len(old) == len(new) and all(isinstance(i, slice) or i is Ellipsis for i in items):

@@ -27,4 +27,4 @@ def progress(items: Iterable[_T], name: str) -> Iterable[_T]:
         from tqdm import tqdm
     except ImportError:
         return items
-    return tqdm(items, desc=name, disable=None, leave=False)  # type: ignore[no-any-return]
+    return tqdm(items, desc=name, disable=None, leave=False)

@@ -12,6 +12,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,11 +89,14 @@ def _row(inputs: list[Tensor], grid: tuple[int, int, int], repeats: int) -> dict
 
     from ..functional import attention
 
+    query, key, value = inputs
+    sdpa = torch.nn.functional.scaled_dot_product_attention
     with torch.no_grad():
-        exact, dense = _timed(lambda: torch.nn.functional.scaled_dot_product_attention(*inputs), repeats)
+        exact, dense = _timed(lambda: sdpa(query, key, value), repeats)
         row: dict[str, Any] = {"grid": grid, "tokens": exact.shape[2], "dense_ms": dense, "sparse": {}}
         for density in DENSITIES:
-            out, ms = _timed(lambda density=density: attention(*inputs, grid=grid, density=density), repeats)  # type: ignore[misc]
+            sparse = partial(attention, query, key, value, grid=grid, density=density)
+            out, ms = _timed(sparse, repeats)
             error = ((out.float() - exact.float()).norm() / exact.float().norm()).item()
             row["sparse"][str(density)] = {"ms": ms, "error": error}
     return row

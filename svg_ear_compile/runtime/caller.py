@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Callable
 from functools import lru_cache
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
@@ -92,15 +93,16 @@ def timestep(model: nn.Module | None, arguments: tuple[tuple[Any, ...], dict[str
     for name in _TIMESTEP:
         if kwargs.get(name) is not None:
             return kwargs[name]
-    names = () if model is None else _parameters(model.__class__)
+    names = () if model is None else _parameters(model.__class__.forward)
     places = [names.index(name) for name in _TIMESTEP if name in names]
     return next((args[place] for place in places if place < len(args)), None)
 
 
 @lru_cache(maxsize=256)
-def _parameters(kind: type[nn.Module]) -> tuple[str, ...]:
+def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """The names of a forward's arguments, without self."""
     try:
-        return tuple(inspect.signature(kind.forward).parameters)[1:]
+        return tuple(inspect.signature(forward).parameters)[1:]
     except (TypeError, ValueError):  # a forward written in C has none
         return ()
 
@@ -154,4 +156,4 @@ def _place(t: Any, schedule: Any) -> int | None:
     if not isinstance(t, Tensor) or not isinstance(schedule, Tensor) or t.numel() != 1:
         return None
     same = t.untyped_storage().data_ptr() == schedule.untyped_storage().data_ptr()
-    return t.storage_offset() - schedule.storage_offset() if same else None
+    return int(t.storage_offset()) - int(schedule.storage_offset()) if same else None

@@ -135,7 +135,7 @@ def _view(x: Any) -> tuple[int, int, int] | None:
         return None
     storage = x.untyped_storage()
     size = storage.nbytes() // x.element_size()
-    return (storage.data_ptr(), size, x.storage_offset()) if size > 1 else None
+    return (storage.data_ptr(), size, int(x.storage_offset())) if size > 1 else None
 
 
 def _is_schedule(x: Tensor) -> bool:
