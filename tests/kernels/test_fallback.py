@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -45,6 +45,27 @@ def test_a_failure_means_dense_and_one_warning(
         warnings.simplefilter("error")
         assert torch.equal(whole(*tensors, None, CONSTANTS), want)
     assert first.results.fallbacks == {"fallback: ValueError": 2}
+
+
+def test_runs_on_the_device_of_the_query(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current GPU, and layers may lie on others."""
+    current: list[torch.device] = []
+
+    @contextmanager
+    def device_of(tensor: Tensor) -> Iterator[None]:
+        current.append(tensor.device)
+        yield
+        current.pop()
+
+    def launch(*_: Any) -> Any:
+        assert current == [torch.device("cpu")]
+        return 1 / 0
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(route, "route", launch)
+    with context.active(context.RunContext()), pytest.warns(RuntimeWarning, match="ZeroDivisionError"):
+        merged(*inputs(70), None, CONSTANTS)
+    assert not current
 
 
 @pytest.mark.parametrize("whole", [merged, three])
