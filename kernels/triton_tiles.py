@@ -16,8 +16,8 @@ LN_2 = tl.constexpr(0.6931471805599453)
 @triton.jit
 def load_rows(source, head, first, length, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
               TMA: tl.constexpr):  # fmt: skip
-    """Rows first..first+BLOCK of one head of source [heads, length, HEAD_DIM]. Outside of it TMA gives zeros,
-    pointers the nearest row: the caller masks them by the logits' bias."""
+    """Rows first..first+BLOCK of one head of source [heads, length, HEAD_DIM]. Outside the head TMA gives zeros, and
+    pointers the nearest row: the caller masks them with the bias of the logits."""
     if TMA:
         tile = source.load([head, first, 0]).reshape(BLOCK, BLOCK_D)
     else:
@@ -45,7 +45,7 @@ def descriptor(x: Tensor, rows: int, block_d: int) -> Any:
 
 
 def version() -> str:
-    """Of Triton."""
+    """The version of Triton."""
     return str(triton.__version__)
 
 

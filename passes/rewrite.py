@@ -91,7 +91,7 @@ def _replace(
             return node
 
         def operand(node: fx.Node) -> fx.Node:
-            """Under autocast SDPA casts its operands, which our ops would not."""
+            """Under autocast SDPA casts its operands; our ops do not."""
             x = example(node)
             if x.dtype == out_value.dtype:
                 return node

@@ -3,11 +3,11 @@
 A rotary table over a video has one row per token, tokens frame by frame and row by row. Each column turns
 with one coordinate only: columns of the width change from token to token, columns of the height every W
 tokens, columns of the time every H*W tokens. So the grid is the set of periods at which columns change.
-Graphs of single transformer blocks know the grid from nothing else.
+A graph of a single transformer block has nothing else that shows the grid.
 
-Under context parallelism a block gets the rows of its own rank's tokens only, which need be no whole frames. Their
-place among all tokens is known, so periods are counted from the first token of all. A rank that holds no more than a
-frame's worth of tokens does not see how long a frame is.
+Under context parallelism a block gets only the rows of its own rank's tokens, which need not be whole frames. Their
+place among all tokens is known, so periods are counted from the very first token. A rank that holds no more than one
+frame of tokens cannot tell how long a frame is.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def grid_from_rotary(
 
 
 def is_sequence(tables: Sequence[Tensor], num_tokens: int) -> bool:
-    """Whether tables over the tokens know no rows, like positions of text: no token is the first again."""
+    """Whether tables over the tokens show no rows, like positions of text: no later token is like the first one in
+    all columns that change from token to token."""
     x = _columns(tables, num_tokens)
     if x is None or num_tokens < 3:
         return False
@@ -69,7 +70,8 @@ def _columns(tables: Sequence[Tensor], tokens: int) -> Tensor | None:
 def _periods(x: Tensor, start: int) -> list[int]:
     """Periods p > 1 for which some column of x changes at every multiple of p and nowhere else.
 
-    x: the rows from number `start` on. A column that changes once has no period yet: each that fits is given.
+    x: the rows from number `start` on. A column that changes only once shows no period: every period that fits is
+    returned.
     """
     changed = x[1:] != x[:-1]
     place = torch.arange(start + 1, start + len(x), device=x.device)[:, None]

@@ -27,7 +27,7 @@ def is_tensor(node: Any) -> bool:
 
 
 def hint(size: Any) -> int | None:
-    """The value of a size at compile time; None if only the run shows it (an unbacked symbol)."""
+    """The value of a size at compile time; None if it is known only at run time (an unbacked symbol)."""
     return size_hint(size) if isinstance(size, torch.SymInt) else int(size)
 
 
@@ -39,7 +39,7 @@ def is_symbolic(size: Any) -> bool:
 def constant(value: Any) -> float | None:
     """A number of the graph that no run changes: a literal, or a symbol that was specialised; else None.
 
-    Under dynamic=True a module's `self.scale` comes as a symbol; whoever needs the float has it specialised.
+    Under dynamic=True a module's `self.scale` is a symbol; code that needs the float makes Dynamo specialise it.
     """
     value = example(value) if isinstance(value, fx.Node) else value
     if isinstance(value, (torch.SymInt, torch.SymFloat)):
@@ -57,7 +57,7 @@ def is_inverse_root(value: Any, size: Any) -> bool:
 
 
 def shape(node: Any) -> tuple[int, ...] | None:
-    """The shape of a tensor node in hints; None for other nodes and for sizes that only the run shows."""
+    """The shape of a tensor node in hints; None for other nodes and for sizes that are known only at run time."""
     value = example(node)
     if not isinstance(value, torch.Tensor):
         return None
@@ -66,13 +66,13 @@ def shape(node: Any) -> tuple[int, ...] | None:
 
 
 def shown(size: Any) -> int | str:
-    """A size for people: a number, or its symbolic expression."""
+    """A size as people see it: a number, or its symbolic expression."""
     return str(expression(size)) if isinstance(size, torch.SymInt) else int(size)
 
 
 @dataclass(frozen=True)
 class Extent:
-    """A length in tokens that only the run shows: `constant` plus products of dimensions of nodes.
+    """A length in tokens that is known only at run time: `constant` plus products of dimensions of nodes.
 
     terms: each term is a product of sizes, each (node, dimension). rewrite.py turns it into graph nodes.
     """

@@ -76,8 +76,8 @@ def last_key(placeholder: fx.Node) -> str:
 
 
 def _wrapped_parameter(placeholder: fx.Node, position: int) -> str:
-    """What a wrapper's args[position] is called by the first function inside that gives it a name; '' if
-    the graph is not that of a wrapper, or its source code is not there."""
+    """The name that the first function inside a wrapper gives to its args[position]; '' if the graph is not that of a
+    wrapper, or its source code is missing."""
     traces = (user.meta.get("stack_trace") for user in placeholder.users)
     frames = re.findall(r'File "(.+?)", line (\d+)', next(filter(None, traces), ""))
     for depth, (file, line) in enumerate(frames):
@@ -91,7 +91,7 @@ def _wrapped_parameter(placeholder: fx.Node, position: int) -> str:
 
 @lru_cache(maxsize=256)
 def _parameters(file: str, line: int) -> tuple[list[str], bool]:
-    """(positional parameters but self and a hook's module, whether there is *args) of the function there."""
+    """(positional parameters without self and a hook's module, whether there is *args) of its function."""
     try:
         tree = ast.parse("".join(linecache.getlines(file)))
     except SyntaxError:

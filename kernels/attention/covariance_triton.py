@@ -2,12 +2,12 @@
 
     C_j = 1/n_j sum_{t in j} (k_t - kc_j) (v_t - vc_j)^T
 
-One program a block (and a part of the columns, where [D,D] would not fit into registers), 64 keys at a time;
-differences are rounded to the input's dtype, products summed in float32 in a fixed order. Bound by memory: it
-writes D rows for every 64 keys that it reads. Equals covariance.covariances.
+One program per block (and per part of the columns, where [D,D] would not fit into registers), 64 keys at a time;
+differences are rounded to the input's dtype, products summed in float32 in a fixed order. Bound by memory: it writes
+D rows for every 64 keys that it reads. Equals covariance_torch.covariances.
 
-The weights of the blocks are a softmax over few columns: a program has ROWS rows of a head, and makes its logits
-twice, once for their sums. Equals covariance.weights.
+The weights of the blocks are a softmax over few columns: a program takes ROWS rows of a head, and computes their
+logits twice, the first time for their sums. Equals covariance_torch.weights.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def weights(
 
 
 def weights_meta(head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
-    """The kernel's compile-time constants and launch options. Logits of float32 centroids are float32's."""
+    """The kernel's compile-time constants and launch options. float32 logits are exact."""
     block_d = max(16, triton.next_power_of_2(head_dim))
     return {
         "HEAD_DIM": head_dim, "BLOCK_D": block_d, "ROWS": 32, "COLUMNS": 64,

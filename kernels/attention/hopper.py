@@ -2,20 +2,20 @@
 
 Formula, shapes and layout: triton.py, which hands over to it `attend` of equal tiles, head_dim 64
 or 128, float16 or bfloat16, on sm_90. What differs from the Triton kernel is the structure, that of
-FlashAttention-3 (arXiv 2407.08608) without the strict turns of its two groups:
+FlashAttention-3 (arXiv 2407.08608), but its two groups of warps do not take strict turns:
 
 - One program computes 128 queries. One warp loads tiles of 128 keys and of their values (two kept blocks of
   up to 64, or 128 centroids) by the tensor memory accelerator into rings in shared memory; two groups of four
-  warps compute 64 queries each. Barriers in shared memory hand the rings' stages to and fro.
-- The softmax of a tile starts while the product of the tile before with its values still runs, and it hides
-  hidden by the other group's matrix products.
-- Centroids come first: there always are some, so that the kept blocks need no special first step.
+  warps compute 64 queries each. Barriers in shared memory hand the stages of the rings back and forth.
+- The softmax of a tile starts while the previous tile's product with its values is still running; the matrix products
+  of the other group hide it.
+- Centroids come first: there are always some, so the kept blocks need no special first step.
 - First-order terms (kernels/attention/first_order.py) are one more tile in the ring of values: a query block's matrix.
-- A bias costs no addition: divided by the scale it is what the matrix product of the logits adds to. A tile
+- A bias costs no addition: divided by the scale, it is the initial accumulator of the logits' matrix product. A tile
   of 128 keys that all count has none.
 
 Logits, maxima, sums and outputs are float32, as there; every sum has a fixed order. Gluon is experimental and
-changes between releases: triton.py knows for which ones this was written.
+changes between releases: choice.py says for which ones this was written.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ _TILE = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwid
 
 @gluon.jit
 def _pair(kept, at, count):
-    """Entries at and at + 1 of a list of kept blocks; after its end the last one, in an empty list 0."""
+    """Entries `at` and `at + 1` of a list of kept blocks; after its end the last one; 0 if the list is empty."""
     last = gl.maximum(count - 1, 0)
     first = gl.load(kept + gl.minimum(at, last), mask=count > 0, other=0)
     second = gl.load(kept + gl.minimum(at + 1, last), mask=count > 0, other=0)
@@ -48,8 +48,8 @@ def _sizes(offsets, block0, block1):
 
 @gluon.jit
 def _load_tile(source, head, first0, first1, ring, step):
-    """Two windows of 64 rows into the ring's stage of this step, once both groups have done with it. Rows
-    outside of the head are zero."""
+    """Loads two windows of 64 rows into this step's stage of the ring, once both groups are done with it. Rows
+    outside the head are zero."""
     tiles, ready, free = ring
     STAGES: gl.constexpr = tiles.shape[0]
     PARTS: gl.constexpr = tiles.shape[2] // _COLUMNS
@@ -109,7 +109,7 @@ def _of_every_row(bias, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def _softmax(s, scale, top, total):
-    """Online softmax in units of log 2: (maximum, sum, weights, by how much earlier sums shrink)."""
+    """Online softmax in units of log 2: (maximum, sum, weights, the factor by which earlier sums shrink)."""
     new_top = gl.maximum(top, gl.max(s, 1) * scale)
     base = gl.where(new_top == float("-inf"), 0.0, new_top)  # no key seen yet: exp2(-inf - -inf) is NaN
     weights = gl.exp2(s * scale - base[:, None])
@@ -119,8 +119,8 @@ def _softmax(s, scale, top, total):
 
 @gluon.jit
 def _step(q, key_ring, value_ring, step, start, biased, scale, p, top, total, acc):
-    """One tile's logits and softmax; the weights p of the tile before meet their values. start: what the
-    products of queries and keys are added to, if biased."""
+    """One tile's logits and softmax; the weights p of the previous tile are multiplied by their values. start: what
+    the products of queries and keys are added to, if biased."""
     keys, k_ready, k_free = key_ring
     values, v_ready, v_free = value_ring
     STAGES: gl.constexpr = keys.shape[0]

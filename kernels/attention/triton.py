@@ -12,15 +12,15 @@ bias as mask (second stream), and scatters the outputs. So only key and value ar
 
 - Logits, maxima, sums and outputs are accumulated in float32, weights rounded to the input's dtype before the
   second product, exp2 with log2(e) folded into the scale. float32 inputs: three TF32 products each.
-- A key tile is the window of BLOCK_N slots that ends where the block's part ends. What it holds too much are
-  valid keys of the same head, or zeros; they get -inf. Slots past the valid keys are not read.
-- Programs of a head start heaviest first; heads follow each other, so that a head's keys stay in L2.
+- A key tile is the window of BLOCK_N slots that ends where the block's part ends. Its other slots are valid keys of
+  the same head, or zeros; they get -inf. Slots past the valid keys are not read.
+- The programs of a head start heaviest first; heads follow one another, so that a head's keys stay in L2.
 - Deterministic: no atomics, sums in a fixed order. Nothing is read back; a CUDA graph can capture it.
 - A query without any kept key or centroid: out 0 and lse -inf, as in scaled_dot_product_attention.
 - Not supported: dropout, causal masks, grouped heads, gradients, head_dim > 256, a scale of 0 or below.
 
 Two families of plans (`variable`): equal tiles, whose query blocks have at most 128 and key blocks at most 64
-tokens, and clusters of any sizes, cut into tiles here (also right for equal tiles, but slower).
+tokens, and clusters of any sizes, cut into tiles here (correct for equal tiles too, but slower).
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def attend(
     config: Config | None = None,
     terms: Terms | None = None,
 ) -> Tensor:
-    """Both in one. Without a config the GPU's best kernel, which may be the one in hopper.py."""
+    """Both in one. Without a config this is the GPU's best kernel, which may be the one in hopper.py."""
     found = capability(query.device), query.dtype, query.shape[-1], variable, version()
     if config is None and scale > 0 and not why_not_hopper(*found):
         from . import hopper

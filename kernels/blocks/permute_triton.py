@@ -4,10 +4,10 @@
     means[b,h,j]  = mean of the rows of block j, 0 for an empty one
 
 x [B,H,L,D] of any strides with D contiguous; order [B,H,L], offsets [B,H,C+1] int32; out [B,H,L,D]
-contiguous; means [B,H,C,D] of x's dtype, rounded once. One program a block (and one for the slots after the
-last), rows in tiles of 64; float32 sums in a fixed order, no atomics: the same bits every time; NaN stays in
-its block. Programs of all heads of a block follow each other: together they read whole tokens, as they
-lie in memory. Bound by memory: one read and one write. Equals permute.gather and permute.block_means.
+contiguous; means [B,H,C,D] of x's dtype, rounded once. One program per block (and one for the slots after the last),
+rows in tiles of 64; float32 sums in a fixed order, no atomics: the same bits every time; NaN stays in its block.
+The programs of all heads of a block run one after another: together they read whole tokens, as they lie in memory.
+Bound by memory: one read and one write. Equals permute_torch.gather and permute_torch.block_means.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def gather_kernel(
 def gather_with_means(
     key: Tensor, value: Tensor, order: Tensor, offsets: Tensor, masked: bool = True
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(key, value) in block order [B,H,L,D] contiguous, then their block means; masked changes nothing."""
+    """(key, value) in block order [B,H,L,D] contiguous, then their block means; masked makes no difference here."""
     out = key.new_empty(key.shape), value.new_empty(value.shape)
     of_keys, of_values = _launch((key, value), order, offsets, out)
     return (*out, of_keys, of_values)

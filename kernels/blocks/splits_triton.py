@@ -1,12 +1,12 @@
 """The three steps of one level of the balanced splits (kernels/blocks/splits_torch.py), straight from the tokens.
 
 Formulas and arguments as there. x [G,N,D] of any strides with D contiguous: tokens are read through the
-order, so that nothing of their size is ever written. One program is a segment (`directions`, `partition`) or
-a tile (`project`) of one head.
+order, so that nothing of their size is ever written. One program takes a segment (`directions`, `partition`) or a
+tile (`project`) of one head.
 
 directions: at most SAMPLE tokens of a segment stay in registers for all power iterations.
-partition: the pivot is the least upper bound, found bit by bit, of which fewer than half of the segment lie
-    below; coordinates of up to TILE slots stay in registers, longer segments are read once per bit.
+partition: the pivot is the largest number below which fewer than half of the segment lie, found bit by bit;
+    coordinates of up to TILE slots stay in registers, longer segments are read once per bit.
 
 float32 arithmetic, sums in a fixed order, no atomics, nothing is read back: the same bits every time.
 """
@@ -72,7 +72,7 @@ def project_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """ROWS: block, or the power of two above."""
-    # Programs of all heads of a tile follow each other: at first they read whole tokens, as these lie.
+    # The programs of all heads of a tile run one after another: at the first level they read whole tokens.
     head, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i = tl.arange(0, ROWS)
     slots = tile * block + i
@@ -93,7 +93,7 @@ def project_kernel(
 
 @triton.jit
 def _keys(along, slots, end):
-    """Coordinates as integers of the same order, beyond the segment the largest there is."""
+    """Coordinates as integers in the same order; after the segment, the largest integer."""
     inside = slots < end
     at = tl.load(along + slots, mask=inside, other=0.0)
     return tl.where(inside, ordered_bits(at), 0xFFFFFFFF)

@@ -1,4 +1,4 @@
-"""What a plan gives a few queries of each head, in one pass over its keys. Equals rows.planned_rows.
+"""What a plan gives a few queries of each head, in one pass over its keys. Equals rows_torch.planned_rows.
 
 One program takes ROWS queries of a head, each of a block of its own, so it walks over all key blocks, in
 tiles of KEYS keys that end where their block ends, and then over all centroids: one online softmax, in units

@@ -5,7 +5,7 @@ Formulas and arguments as there. x [G,N,D] of any strides with D contiguous.
 assign: one program takes BLOCK_M tokens of a head and all centroids, in tiles; distances stay on the chip.
     For bfloat16 and float16 a centroid is the sum of two numbers of that dtype, its rounding and what is
     left, so that two products on tensor cores are nearly as exact as float32; float32 takes three TF32
-    products. Labels are kmeans_torch's but for ties within that rounding.
+    products. Labels are those of kmeans_torch, except for ties within that rounding.
 means: kernels/blocks/permute_triton.py's, float32 sums of sorted runs in a fixed order.
 
 No atomics, nothing is read back: the same bits every time.
@@ -45,7 +45,7 @@ def assign_kernel(
     where = x + head64 * stride_g + token.to(tl.int64)[:, None] * stride_n + columns[None, :]
     rows = tl.load(where, mask=inside, other=0.0)
     within = tl.arange(0, BLOCK_C)
-    # Of every BLOCK_C-th centroid the first least distance, and its tile; one reduction at the end.
+    # For each place in a tile the smallest distance so far, and the first tile that has it; one reduction at the end.
     least = tl.full([BLOCK_M, BLOCK_C], float("inf"), tl.float32)
     nearest = tl.zeros([BLOCK_M, BLOCK_C], tl.int32)
     for at in range(0, C, BLOCK_C):
@@ -67,7 +67,7 @@ def assign_kernel(
 
 
 def assign(x: Tensor, valid: Tensor | None, centroids: Tensor, config: Config | None = None) -> Tensor:
-    """[G,N], int16 where that holds C."""
+    """[G,N]; int16 if that holds C."""
     (G, N, D), C = x.shape, centroids.shape[1]
     x, centroids = x if x.stride(-1) == 1 else x.contiguous(), centroids.contiguous()
     half = centroids.square().sum(-1) / 2

@@ -1,6 +1,6 @@
 """Query centroids against all true keys (kernels/probe/torch.py), without a [Cq, L] matrix in memory.
 
-Formulas as in probe.py. For query centroid i and key block j of n_j keys, s_t = scale qc_i.k_t,
+Formulas as in kernels/probe/__init__.py. For query centroid i and key block j of n_j keys, s_t = scale qc_i.k_t,
 m_ij = max_t s_t, w_t = exp(s_t - m_ij) and W = sum_t w_t:
 
     lse_ij   = m_ij + log W,   gap_ij = lse_ij - log n_j - scale qc_i.kc_j
@@ -8,14 +8,14 @@ m_ij = max_t s_t, w_t = exp(s_t - m_ij) and W = sum_t w_t:
     "output_error": lost_ij = |sum_t (w_t - W / n_j) v_t|^2,               c_i = log sum_j exp(lse_ij)
     "svg_ear":      lost_ij = sum_t |w_t v_t - exp(sbar_ij - m_ij) vc_j|^2,  c_i = max_j m_ij
 
-The first is probe.py's |sum_t w_t (v_t - vc_j)|^2, with the mean of the values written out: weights are
-centred instead of values, on the chip and before they are rounded for the second product.
+The first is |sum_t w_t (v_t - vc_j)|^2 from there, with the mean of the values written out: weights are centred
+instead of values, on the chip and before they are rounded for the second product.
 
 One program takes BLOCK_M query centroids and a run of key blocks; logits and weights stay on the chip. Query
 and key centroids are rounded to the dtype of the keys, as the attention kernel will see them: the gap makes
-up for what that does to a centroid's logit. c_i is summed up run by run, so it is known only afterwards: the
-scores carry it in `parts`, for the routing to take off. For routing "mass", which reads no key, there is
-nothing to fuse: probe.centroid_mass.
+up for what that does to a centroid's logit. c_i is summed run by run and known only at the end: the scores carry it
+in `parts`, and the routing subtracts it. Routing "mass" reads no key, so there is nothing to fuse:
+kernels/probe/torch.py computes it.
 
 key, value [B,H,L,D] contiguous in block order; blocks of any size, in tiles of 64 keys (windows that end with
 the block's part, as in kernels/attention/triton.py): one pass where no block is larger (ONE_TILE), else two.

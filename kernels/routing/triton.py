@@ -10,8 +10,8 @@ does not fit is found digit by digit:
 
 Then everything above the key is kept, and of the blocks that equal it as many as fit, in their order; `ties`
 knows their areas row by row. Areas are summed as integers, so atomic additions in any order give the
-same bits. The rules for text, empty blocks and errors that are NaN are route.py's, whose choice is equaled in
-every bit for the same scores. The papers' budgets are route.py's; what it keeps only gets its lists here.
+same bits. The rules for text, empty blocks and errors that are NaN are those of kernels/routing/torch.py, and for the
+same scores the choice is the same to the bit. The papers' budgets are computed there; only the lists are made here.
 
 error and gap [B,H,Cq,Ck] float32 of any strides, alike (kernels/probe/triton.py lays them as [B,H,Ck,Cq]); outputs
 are contiguous. Nothing is read back.
@@ -39,7 +39,7 @@ _STATE = _PASSES * _DIGITS + 1 + 2 * (_PASSES + 1)
 
 
 def shift_of(scores: RowScores, routing: str) -> Tensor:
-    """What is to be taken off the errors of each row [B,H,Cq] float32."""
+    """What to subtract from the errors of each row, [B,H,Cq] float32."""
     B, H, runs, Cq = scores.parts.shape
     shift = scores.parts.new_empty((B, H, Cq))
     options = shift_meta(routing == "output_error")

@@ -10,7 +10,7 @@ from ..triton_tiles import ordered_bits
 
 @triton.jit
 def shift_kernel(parts, shift, runs, Cq, OUTPUT_ERROR: tl.constexpr, BLOCK: tl.constexpr):
-    """shift [B,H,Cq] = 2 logsumexp of parts [B,H,runs,Cq] over the runs; of their maximum for "svg_ear"."""
+    """shift [B,H,Cq] = 2 logsumexp of parts [B,H,runs,Cq] over the runs; for "svg_ear" twice their maximum."""
     head = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     top = tl.full([BLOCK], float("-inf"), tl.float32)
@@ -28,7 +28,7 @@ def shift_kernel(parts, shift, runs, Cq, OUTPUT_ERROR: tl.constexpr, BLOCK: tl.c
 
 @triton.jit
 def _sizes(offsets, count, blocks):
-    """Tokens of some blocks of one head; 0 beyond the last block."""
+    """Tokens of some blocks of one head; 0 after the last block."""
     inside = blocks < count
     low = tl.load(offsets + blocks, mask=inside, other=0)
     return tl.load(offsets + blocks + 1, mask=inside, other=0) - low
@@ -36,7 +36,7 @@ def _sizes(offsets, count, blocks):
 
 @triton.jit
 def _found(state, at, DIGITS: tl.constexpr, PASSES: tl.constexpr):
-    """Where (key so far, area of larger keys) before pass `at` are."""
+    """Where the state before pass `at` lies: (key so far, area of larger keys)."""
     return state + PASSES * DIGITS + 1 + 2 * at
 
 
@@ -62,8 +62,8 @@ def digits_kernel(
 ):  # fmt: skip
     """Pass 0..3 sums areas by digit; pass 4 those of the blocks that equal the key found, row by row.
 
-    A program takes ROWS query blocks of a head and all key blocks. FULL: the area of most blocks, which are
-    counted; the others are added one by one.
+    A program takes ROWS query blocks of a head and all key blocks. FULL: the area of a pair of full blocks. Most
+    pairs are full and are only counted; the areas of the others are added one by one.
     """
     head, batch = tl.program_id(1), tl.program_id(2)
     row = batch.to(tl.int64) * H + head
@@ -124,9 +124,9 @@ def lists_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, QUERY_TILE: tl.constexpr, KEY_TILE: tl.constexpr,
     DIGITS: tl.constexpr, PASSES: tl.constexpr, STATE: tl.constexpr,
 ):  # fmt: skip
-    """Kept or not, then the plan's lists and biases and the areas, ROWS query blocks of a head at a time.
+    """Decides what is kept; writes lists, biases and areas for ROWS query blocks of a head at a time.
 
-    CHOOSE: by the key that digits_kernel found; otherwise kept [B,H,Cq,Ck] says it.
+    CHOOSE: the key that digits_kernel found decides; otherwise kept [B,H,Cq,Ck] does.
     """
     head, batch = tl.program_id(1), tl.program_id(2)
     row = batch.to(tl.int64) * H + head

@@ -6,11 +6,11 @@ token axis of the query is
 
     ((conv F, conv H, conv W), (encoder_hidden_states dim 1,))
 
-and this one value answers all questions about a site: query and key axes differ, so it is cross attention;
-a part of three atoms is a frame grid; the other part is text, it comes last, and its length is known.
+and this one value answers all questions about a site: if the axes of query and key differ, it is cross attention; a
+part of three atoms is a frame grid; the other part is text, which comes last, and its length is known.
 
 Graphs of Dynamo are not functional (rotary embeddings are written by setitem), so the walk goes forward, in
-order, and a setitem changes what is known about its target. All arithmetic is on hints: no guards.
+order, and a setitem changes what is known about its target. All arithmetic uses hints, so it installs no guards.
 Rules for single operations are in rules.py.
 """
 
@@ -33,7 +33,7 @@ class Atom:
 
     node.shape[dim] is the size, also under dynamic shapes, if `exact`. root: the graph input whose data it
     is, None if it was made in the graph; root_dim: which dimension of the input, -1 if that is lost. guess:
-    an operation without a rule made it, so that nothing says which tokens these are.
+    an operation without a rule made it, so nothing says which tokens these are.
     """
 
     key: Any
@@ -75,8 +75,8 @@ class Gathered:
 class Axes:
     """What the walk found. of: per tensor node, its axes. aliases: other names of the same tokens.
 
-    When a table over positions is multiplied onto hidden states, both axes run over the same tokens. The
-    hidden states' axis goes on; the table's is remembered as an alias, for it may know the frame grid.
+    When a table over positions is multiplied onto hidden states, both axes run over the same tokens. The axis of the
+    hidden states is kept; the table's becomes an alias of it, because it may show the frame grid.
     flat: the dimensions that lie in a flattened tensor. gathered: what ranks put together (collectives.py).
     """
 
@@ -100,7 +100,7 @@ class Axes:
         """The rule of elementwise operations, and the guess for unknown ones.
 
         Each dimension comes from the operand that has it too, aligned at the right; of several operands,
-        from the one with most data, and rather from an activation than from a table.
+        from the one with the most data, and from an activation rather than a table.
         """
         operands = [self.of[n] for n in tensor_inputs(node) if n in self.of]
         operands.sort(key=lambda axes: (_data_rank(axes), math.prod(map(axis_size, axes))), reverse=True)
@@ -157,7 +157,7 @@ class Axes:
 
 
 def cut_of(part: Part) -> tuple[Part, int, int] | None:
-    """(the part, start, stop) that a piece was cut from; None for what is no piece."""
+    """(the part, start, stop) that a piece was cut from; None if the part is not a piece."""
     key = part[0].key
     return key[1:] if len(part) == 1 and isinstance(key, tuple) and key[0] == "cut" else None
 

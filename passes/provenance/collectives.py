@@ -1,15 +1,15 @@
 """What do collectives do to axes? Ulysses attention exchanges a shard of the tokens for a share of the heads.
 
-Before attention every rank holds [B, S/P, H, D]: all heads of its tokens. It lays them out by the rank that is to get
-them, exchanges, and joins the shards of all ranks; after attention it goes the same way back:
+Before attention every rank holds [B, S/P, H, D]: all heads of its tokens. It arranges them by the rank that will
+receive them, exchanges them, and joins the shards of all ranks. After attention the same happens in reverse:
 
     [P, S/P, B, H/P, D]  all_to_all_single ->  [P, S/P, B, H/P, D]  flatten(0, 1) ->  [S, B, H/P, D]
     [P, H/P, B, S/P, D]  all_to_all_single ->  [P, H/P, B, S/P, D]  flatten(0, 1) ->  [H, B, S/P, D]
 
-In what comes back the first dimension counts ranks: merged with the next one it makes the whole of which each rank held
-a shard. `Axes.gathered` remembers the shard of each whole, so that cutting it into [P, S/P] gives the shard again.
+In the result the first dimension counts ranks. Merged with the next one, it gives the whole of which each rank held a
+shard. `Axes.gathered` remembers the shard of each whole, so that cutting it into [P, S/P] gives the shard again.
 
-Collectives get one flat tensor; `Axes.flat` remembers which dimensions lie in it.
+Collectives take one flat tensor; `Axes.flat` remembers which dimensions lie in it.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def wait_rule(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
 
 
 def merged_ranks(axes: Axes, first: Axis, second: Axis) -> Axis | None:
-    """The whole that [ranks, shard] flattened is; None where the first axis does not count ranks."""
+    """What flattening [ranks, shard] gives: the whole. None if the first axis does not count ranks."""
     key = first[0][0].key if len(first) == len(first[0]) == 1 else None
     if not isinstance(key, tuple) or key[0] != "ranks":
         return None
@@ -70,7 +70,7 @@ def merged_ranks(axes: Axes, first: Axis, second: Axis) -> Axis | None:
 
 
 def shard_of(axes: Axes, whole: Axis, sizes: tuple[int, ...]) -> tuple[Axis, Axis] | None:
-    """(ranks, shard) where an axis that was gathered is cut into [ranks, shard] again."""
+    """(ranks, shard) if a gathered axis is cut into [ranks, shard] again; else None."""
     found = axes.gathered.get(whole)
     if found is None or sizes != (found.ranks, axis_size(found.shard)):
         return None

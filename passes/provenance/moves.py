@@ -98,7 +98,7 @@ def _regroup(axes: Axes, node: fx.Node, source: Sequence[Axis], sizes: Sequence[
     if len(source) == 1 and (shard := shard_of(axes, source[0], tuple(sizes))):
         return [*shard]
     joined = [axis for axis in source if len(axis) > 1]
-    if joined:  # a torch.cat cannot be merged with anything but dimensions of one
+    if joined:  # what torch.cat made can only be merged with dimensions of size 1
         keep = [axis_size(joined[0]) == size for size in sizes]
         return [
             joined[0] if k else axes.fresh(node, dim + i, sizes[i], joined[0]) for i, k in enumerate(keep)
@@ -116,7 +116,7 @@ def _regroup(axes: Axes, node: fx.Node, source: Sequence[Axis], sizes: Sequence[
             found.append((tuple(taken),))
         elif not taken:
             found.append(axes.fresh(node, dim + i, size))
-        else:  # an atom falls apart; the same split of the same atoms gives equal pieces elsewhere
+        else:  # an atom is split; the same split of the same atoms gives equal pieces elsewhere
             remaining, pieces = tuple(taken + atoms), tuple(sizes[i:])
             for j, piece in enumerate(pieces):
                 key = ("split", remaining, pieces, j)

@@ -157,7 +157,7 @@ def _reorder(axes: Axes, node: fx.Node) -> Found:
 
 
 def _setitem(axes: Axes, node: fx.Node) -> Found:
-    """x[index] = value: where whole dimensions are written, a fresh x learns its axes from the value."""
+    """x[index] = value: where whole dimensions are written, a fresh x gets its axes from the value."""
     arguments: tuple[Any, ...] = node.args
     target, index, value = arguments
     old, new = axes.of.get(target), axes.of.get(value) if isinstance(value, fx.Node) else None
@@ -181,7 +181,7 @@ def _reduce(axes: Axes, node: fx.Node) -> Found:
 
 
 def _scatter(axes: Axes, node: fx.Node) -> Found:
-    """index_copy and the like: which tokens these are now, only the index knows."""
+    """index_copy and the like: only the index knows which tokens these are now."""
     source, sizes = input_axes(axes, node), shape(node)
     dim = argument(node, 1, "dim")
     if not source or sizes is None or not isinstance(dim, int):
@@ -227,7 +227,7 @@ RULES: dict[str, Callable[[Axes, fx.Node], Found]] = {
 
 
 def trace_axes(graph: fx.Graph) -> Axes:
-    """Walks a graph from its inputs on and follows every dimension of every tensor."""
+    """Walks a graph from its inputs and follows every dimension of every tensor."""
     axes = Axes()
     for node in graph.nodes:
         sizes = shape(node)

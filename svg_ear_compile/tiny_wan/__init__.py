@@ -139,9 +139,8 @@ def velocity(model: nn.Module, clip: Tensor, timestep: Tensor, ids: Tensor) -> T
 
     clip: [B, 3, F, H, W] in [-1, 1], with noise; timestep: [B] in [0, 1000]; ids: [B, CAPTION_LENGTH].
     """
-    dtype = model.get_parameter(
-        "patch_embedding.weight"
-    ).dtype  # diffusers keeps some other parameters in fp32
+    # diffusers keeps some other parameters in fp32.
+    dtype = model.get_parameter("patch_embedding.weight").dtype
     prediction: Tensor = model(clip.to(dtype), timestep, embed(ids).to(dtype), return_dict=False)[0]
     return prediction.float()
 
