@@ -28,6 +28,7 @@ class SiteConstants(NamedTuple):
     min_tokens, min_frames: a call with fewer of the video is dense; 0: nothing to check.
     shards: the sequence is that of this many ranks end to end, each with an equal share of the video and of
         the text (kernels/blocks/places.py).
+    packed: which rows are video is told call by call (context.Decisions.packed); num_text and grid are not known.
     host: the host decides each call just before it (context.py), so a call without a decision is dense;
         False: the op is called directly.
     """
@@ -46,6 +47,7 @@ class SiteConstants(NamedTuple):
     min_frames: int = 0
     shards: int = 1
     host: bool = False
+    packed: bool = False
 
     @property
     def variable(self) -> bool:
@@ -56,12 +58,12 @@ class SiteConstants(NamedTuple):
         """The factor of the logits of these queries [...,D]."""
         return 1 / math.sqrt(query.shape[-1]) if self.scale is None else self.scale
 
-    def too_small(self, query: Tensor, grid: tuple[int, int, int] | None) -> str:
+    def too_small(self, query: Tensor, frames: int | None) -> str:
         """Why a call with these queries [B,H,L,D] is too small to be sparse, as the report says it; "" if it is not.
 
-        grid: the frame grid, where the constants do not know it.
+        frames: how many the video has, where the constants do not know it and the call does.
         """
         if query.shape[2] - self.num_text < self.min_tokens:
             return "too few tokens"
-        frames = next(iter(self.grid or grid or ()), self.min_frames)
-        return "one frame" if frames < self.min_frames else ""
+        frames = self.grid[0] if self.grid else frames
+        return "one frame" if frames is not None and frames < self.min_frames else ""

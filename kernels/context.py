@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from .blocks.places import Packed
 from .constants import SiteConstants
 
 _T = TypeVar("_T")
@@ -81,6 +82,7 @@ class Decisions:
 
     sites: by number. A site that is missing runs sparse, with the density of its constants.
     grid: (frames, height, width) in tokens, where only the arguments of this call show it.
+    packed: the rows of a packed sequence that are video, where sites are packed and the host knows them.
     mask_ids: sites with the same number share one mask tensor in this call, so it is read once.
     names: module paths, by site. strict: raise instead of running dense after an error.
     audit: whether sparse calls also measure their error over all rows.
@@ -88,6 +90,7 @@ class Decisions:
 
     sites: Mapping[int, SiteDecision] = field(default_factory=dict)
     grid: tuple[int, int, int] | None = None
+    packed: Packed | None = None
     mask_ids: Mapping[int, int] = field(default_factory=dict)
     names: Mapping[int, str] = field(default_factory=dict)
     strict: bool = False
@@ -96,6 +99,13 @@ class Decisions:
     def of(self, c: SiteConstants) -> SiteDecision:
         """The decision about a site."""
         return self.sites.get(c.site) or SiteDecision(density=c.density)
+
+    def constants(self, constants: Sequence[Any]) -> SiteConstants:
+        """The constants of a site in this call, which knows how many rows of a packed sequence are not video."""
+        c = SiteConstants(*constants)
+        if not c.packed or self.packed is None:
+            return c
+        return c._replace(num_text=len(self.packed.places.other))
 
     def name_of(self, site: int) -> str:
         """How messages name the site."""

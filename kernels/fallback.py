@@ -30,9 +30,18 @@ def is_dense(query: Tensor, c: SiteConstants) -> bool:
     if call.decisions.of(c).dense:
         return True
     found = call.results.dense
-    if c.site not in found and (reason := c.too_small(query, call.decisions.grid)):
+    if c.site not in found and (reason := _unfit(query, c, call.decisions)):
         found[c.site] = reason
     return c.site in found
+
+
+def _unfit(query: Tensor, c: SiteConstants, decisions: context.Decisions) -> str:
+    """Why a call cannot be sparse, as the report says it; "" if it can."""
+    if not c.packed:
+        return c.too_small(query, decisions.grid[0] if decisions.grid else None)
+    if decisions.packed is None or decisions.packed.length != query.shape[2]:
+        return "its video rows are not known"
+    return c.too_small(query, decisions.packed.frames or None)
 
 
 def sparse_or_dense(

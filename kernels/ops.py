@@ -39,7 +39,7 @@ _QKV = "Tensor query, Tensor key, Tensor value, Tensor? attn_mask"
 _CONSTANTS = (
     "float? scale, SymInt num_text, bool text_first, SymInt[] grid, str order, str routing, "
     "bool compensate, float? density, int seed, int site, int min_tokens=0, int min_frames=0, "
-    "int shards=1, bool host=False"
+    "int shards=1, bool host=False, bool packed=False"
 )
 _PLAN = (
     "Tensor key_p, Tensor value_p, Tensor query_order, Tensor query_offsets, Tensor key_order, "
@@ -170,7 +170,7 @@ def _(query: Tensor, out: Tensor, lse: Tensor, *_: Any) -> Tensor:
 )
 def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, *constants: Any) -> Tensor:
     """The three ops in one call; dense attention in a dense call."""
-    c = SiteConstants(*constants)
+    c = context.current().decisions.constants(constants)
 
     def sparse() -> Tensor:
         mask = drop_noop_mask(attn_mask, c.site)

@@ -5,15 +5,15 @@ Only the last of the three steps depends on the density, so a trial of several d
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from . import capture, context
 from .blocks import cluster
 from .blocks.cluster import Blocks
-from .blocks.places import of_shards
+from .blocks.places import Grid, Places, of_shards
 from .constants import OWN_CALL, SiteConstants
 from .dispatch import kernels_for
 from .plan import KEY_BLOCK, QUERY_BLOCK, SparsePlan, block_counts
@@ -56,17 +56,11 @@ def arrange(
     B, _, L, _ = query.shape
     valid = None if attn_mask is None else attn_mask[:, 0, 0, :].expand(B, L)
     of_queries, of_keys = block_counts(L, c.num_text, c.order)
-    grid = tuple(c.grid) or call.decisions.grid
-    if grid is not None and math.prod(grid) != L - c.num_text:
-        grid = None
+    grids, places = _grids_and_places(c, L, query.device)
     alone = capture.is_recorded(query) or c.site == OWN_CALL
     carried = (None, None) if alone else call.memo.carried.get(c.site, (None, None))
     split_heads = call.decisions.of(c).split_heads
-    places = None
-    if c.shards > 1 and c.num_text > 0:
-        name = ("places", L, c.num_text, c.text_first, c.shards)
-        places = call.memo.remember(query.device, name, lambda: of_shards(L, c, query.device))
-    how = (c.num_text, c.text_first, c.order, grid, c.seed, split_heads, call.memo.remember, places)
+    how = (c.num_text, c.text_first, c.order, grids, c.seed, split_heads, call.memo.remember, places)
     queries, query_state = cluster.make_blocks(query, None, of_queries, QUERY_BLOCK, carried[0], *how)
     keys, key_state = cluster.make_blocks(key, valid, of_keys, KEY_BLOCK, carried[1], *how)
     if query_state is not None and key_state is not None and not alone:
@@ -78,6 +72,22 @@ def arrange(
     )
     query_centroids = permute.gathered_means(query, queries.order, queries.offsets)
     return Arranged(queries, keys, key_p, value_p, query_centroids, key_centroids, value_centroids)
+
+
+def _grids_and_places(
+    c: SiteConstants, length: int, device: torch.device
+) -> tuple[tuple[Grid, ...], Places | None]:
+    """The frame grids of the video tokens, () if they form none, and where tokens lie, if not in one stretch each."""
+    decisions, remember = context.current().decisions, context.current().memo.remember
+    packed, places = decisions.packed if c.packed else None, None
+    if packed is not None:
+        return packed.grids, remember(device, ("packed", packed.places.name), lambda: packed.on(device))
+    if c.shards > 1 and c.num_text > 0:
+        name = ("places", length, c.num_text, c.text_first, c.shards)
+        places = remember(device, name, lambda: of_shards(length, c, device))
+    frames, height, width = c.grid or decisions.grid or (0, 0, 0)
+    fits = frames * height * width == length - c.num_text
+    return ((frames, height, width),) if fits and frames else (), places
 
 
 def probe(blocks: Arranged, c: SiteConstants) -> Any:

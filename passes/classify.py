@@ -22,7 +22,7 @@ from typing import Protocol
 import torch
 from torch import fx
 
-from .evidence import OTHER_TOKENS, Answer, Evidence, find_evidence
+from .evidence import OTHER_TOKENS, Answer, Evidence, find_evidence, packed_layout
 from .fx_utils import without_numbers
 from .graph_break_hint import break_before, is_resumed
 from .layout import is_factorised, read_layout, video_parts
@@ -79,6 +79,9 @@ def _site(
         reason = Reason.UNKNOWN_SHAPE if None in shapes else Reason.RANK
         return _make(index, call, "unknown", mask, Verdict(False, reason), Layout())
     kind, layout = _kind(q[2], k[2], v[2]), read_layout(axes, q[2])
+    packed = packed_layout(call)
+    if packed is not None and kind != "cross":
+        kind, layout = "joint", packed
     is_named = named(call.module_path, settings.sites)
     obstacle = None if is_named else _other_tokens(call, kind, q[2])
     obstacle = obstacle or _obstacle(call, kind, bad_mask, mask)
@@ -100,7 +103,8 @@ def _site(
     least = settings.min_tokens or least_tokens(query)
     site = _make(index, call, kind, mask, _enough(tokens, least, evidence, query), layout)
     site.key_mask = key_mask
-    site.min_tokens = least if is_symbolic(query.shape[2]) and least > 1 else 0
+    per_call = is_symbolic(query.shape[2]) or layout.packed
+    site.min_tokens = least if per_call and least > 1 else 0
     site.min_frames = 2 if evidence.frames_may_change else 0
     return site
 

@@ -28,7 +28,7 @@ from .provenance.axes import Atom, Axis, Part
 from .rotary import grid_from_rotary, is_sequence
 from .site import Layout
 from .sizes import Extent, example, is_symbolic, shape
-from .sources import POSITIONS, TEXT, VIDEO_FILE, is_activation, last_key
+from .sources import PACKED, POSITIONS, TEXT, VIDEO_FILE, is_activation, last_key
 
 # A refiner of text tokens; SanaWMLTX2RefinerTransformerBlock refines video.
 OTHER_TOKENS = re.compile(
@@ -58,8 +58,9 @@ def find_evidence(
     call: AttentionNode, axis: Axis, layout: Layout, example_inputs: Sequence[object], video_tokens: int
 ) -> Evidence:
     """axis: the tokens of the query. video_tokens: how many of them are not text."""
-    names = [call.module_path, *(cls.rpartition(".")[2] for cls in call.module_classes)]
-    named = next((name for name in names if OTHER_TOKENS.search(name)), None)
+    if layout.packed:
+        return Evidence(Answer.VIDEO, f"the rows that {layout.packed[0]} names", frames_may_change=True)
+    named = _other_name(call)
     if named is not None:
         return Evidence(Answer.UNKNOWN, f"{named} may be about text or images")
     any_length = is_symbolic(example(call.query).shape[2])
@@ -126,6 +127,26 @@ def _from_tables(
 def _from_class(call: AttentionNode) -> Evidence | None:
     known = _known_class(call)
     return Evidence(Answer.VIDEO, f"diffusers' {known}") if known else None
+
+
+def packed_layout(call: AttentionNode) -> Layout | None:
+    """The layout of a site of a packed sequence; None if it is not known to be one."""
+    texts = (*call.module_classes, call.source_files)
+    packed = next((PACKED[name] for name in PACKED if any(f"{name}." in text for text in texts)), None)
+    placeholders = call.node.graph.find_nodes(op="placeholder")
+    # Blocks of the same class that refine text get no positions.
+    has_positions = any(is_activation(node) and POSITIONS.search(last_key(node)) for node in placeholders)
+    if packed is None or _other_name(call) is not None or not has_positions:
+        return None
+    rows, positions = packed
+    words = f"all rows but {rows}"
+    return Layout(text_source=words, grid_source=f"{positions} of a call", packed=packed)
+
+
+def _other_name(call: AttentionNode) -> str | None:
+    """The name of a module around the call that says that its tokens may be text or images."""
+    names = [call.module_path, *(cls.rpartition(".")[2] for cls in call.module_classes)]
+    return next((name for name in names if OTHER_TOKENS.search(name)), None)
 
 
 def _known_class(call: AttentionNode) -> str:

@@ -112,11 +112,12 @@ def _replace(
             min_tokens=site.min_tokens,
             min_frames=site.min_frames,
             shards=site.layout.shards,
+            packed=site.layout.packed is not None,
         )
         mask = None if site.key_mask is None else _key_row(graph, copies[site.key_mask.node])
         qkv = (operand(call.query), operand(call.key), operand(call.value), mask)
         value = ops.like_output(out_value)
-        if settings.merge:
+        if settings.merge or site.layout.packed:  # the shapes of its plan are not known to the graph
             result = add(svg_ear.attention.default, (*qkv, *constants), value)
         else:
             plan_op = add(svg_ear.clustered_permute.default, (*qkv, *constants))

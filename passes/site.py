@@ -101,6 +101,8 @@ class Layout:
     width) in tokens, or None when it is not in the graph. sources say in words where each was read.
     shards: the tokens are those of so many ranks end to end, each with its equal share of the video and of the
     text; shard: the number of this process's share.
+    packed: arguments of the model that tell which rows of a packed sequence are video, and where each row lies
+    (sources.py); then the call knows num_text and the grids, and the graph does not.
     """
 
     num_text: int | Extent = 0
@@ -110,6 +112,7 @@ class Layout:
     grid_source: str = "unknown"
     shards: int = 1
     shard: int = 0
+    packed: tuple[str, str] | None = None
 
     @property
     def text_hint(self) -> int:

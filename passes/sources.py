@@ -36,6 +36,9 @@ VIDEO_FILE = re.compile(
     rf"(transformer_({'|'.join(_VIDEO_FILES.split())})|(cogvideox|consisid|latte)_transformer_3d)(?=\.)"
 )
 
+# diffusers' files of models whose sequence is packed: text, sound, videos and images in any order. These arguments of
+# the model say which rows are video [n], and at which (time, height, width) each row lies [S,3].
+PACKED = {"transformer_minimax_h3": ("video_indices", "position_ids")}
 
 _BY_POSITION = re.compile(r"^L\['(?:args'\]|___stack\d+'\]\[0\])\[(\d+)\]")
 

@@ -206,7 +206,8 @@ def _call_plan(
         video=_video_position(placeholders, example_inputs),
         mask_ids=mask_ids,
         masks={number: source for number, source in sources.items() if source is not None},
-        needs_grid=all(site.layout.grid is None for site in sites),
+        needs_grid=all(site.layout.grid is None and not site.layout.packed for site in sites),
+        packed=next((site.layout.packed for site in sites if site.layout.packed), None),
         read_grid=grid_reader(inputs),
     )
 

@@ -8,6 +8,7 @@ operation is atomic: the same input gives the same bits.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -40,7 +41,7 @@ def make_blocks(
     num_text: int,
     text_first: bool,
     order: str,
-    grid: tuple[int, ...] | None,
+    grids: Sequence[tuple[int, ...]],
     seed: int,
     split_heads: Sequence[bool] = (),
     remember: Remember | None = None,
@@ -50,10 +51,10 @@ def make_blocks(
 
     valid: [B,L] bool, False for masked tokens, which belong to no block; None when there are none.
     block: tokens of an equal tile; text is cut into tiles in every order. carried: what the last call
-    returned as its second value, to go on from (kmeans) or to use again (splits); None: nothing. grid:
-    (frames, height, width) of the video tokens. split_heads [H]: with the order "auto" and a grid, which
-    heads go by splits. remember: keeps what cubes look like, which no tensor has a say in, for the next
-    call. places: where video and text tokens lie, if not in one stretch each.
+    returned as its second value, to go on from (kmeans) or to use again (splits); None: nothing. grids:
+    (frames, height, width) of the video tokens, of several videos one after another; (): not known. split_heads [H]:
+    with the order "auto" and grids, which heads go by splits. remember: keeps what cubes look like, which no tensor
+    has a say in, for the next call. places: where video and text tokens lie, if not in one stretch each.
     Returns the blocks and what to carry on: for "kmeans" the centroids [B,H,C,D] float32, for heads that go
     by splits the order of their tokens [B,heads,L] int32.
     """
@@ -93,8 +94,9 @@ def make_blocks(
     if order not in ("auto", "cubes", "splits"):
         raise ValueError(f"unknown order {order!r}")
 
-    everywhere = order == "splits" or grid is None
-    named = (grid, L, num_text, text_first, B, H, places and places.name)
+    grids = tuple(grids)
+    everywhere = order == "splits" or not grids
+    named = (grids, L, num_text, text_first, B, H, places and places.name)
     if places is not None and places.name is None:  # nothing says that they are the same in the next call
         remember = _make
     state: Tensor | None = None
@@ -109,8 +111,7 @@ def make_blocks(
             state = _of_heads(with_text(splits(some[:, :, lies], seen, block)), B, count)
 
     def boxes() -> Tensor:
-        assert grid is not None
-        return with_text(remember(device, grid, lambda: cubes(grid, device).view(1, 1, n)))
+        return with_text(remember(device, grids, lambda: _of_grids(grids, device).view(1, 1, n)))
 
     if numbers is not None and state is not None:
         tokens = remember(device, named, lambda: _of_heads(boxes(), B, H)).index_copy(1, numbers, state)
@@ -123,6 +124,13 @@ def make_blocks(
     if valid is not None:
         return Blocks(_of_heads(_masked_last(tokens.long(), valid), B, H), offsets()), state
     return Blocks(tokens, remember(device, (*named, block), offsets)), state
+
+
+def _of_grids(grids: Sequence[tuple[int, ...]], device: torch.device) -> Tensor:
+    """`cubes` of each grid, one after another."""
+    sizes = [math.prod(grid) for grid in grids]
+    firsts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return torch.cat([cubes(grid, device) + first for grid, first in zip(grids, firsts, strict=True)])
 
 
 def _make(device: torch.device, key: Hashable, make: Callable[[], Any]) -> Any:

@@ -78,7 +78,8 @@ class GraphRecord:
     this one, if it holds no attention. failure: the error because of which the graph was handed on untouched.
     passes_seconds, compiling_seconds: how long our passes, and what compiles the graph after them, took.
     kernels: which attention kernels run, and why no faster ones do. steps: what the step clock says now.
-    grid: (frames, height, width) in tokens, if only the arguments of a call show it. fallbacks: at run time, by reason.
+    grid: (frames, height, width) in tokens, if only the arguments of a call show it. packed: which rows of a packed
+    sequence are video, in words. fallbacks: at run time, by reason.
     totals: per device and thread, the sums that the ops keep. logs: what was done in each call of the last few
     generations.
     """
@@ -94,6 +95,7 @@ class GraphRecord:
     kernels: list[str] = field(default_factory=list)
     steps: str = ""
     grid: tuple[int, int, int] | None = None
+    packed: str = ""
     sparse: Counter[int] = field(default_factory=Counter)
     dense: dict[int, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     fallbacks: Counter[str] = field(default_factory=Counter)

@@ -114,6 +114,7 @@ class Report:
                     "steps": graph.steps,
                     "kernels": graph.kernels,
                     "grid": graph.grid,
+                    "packed": graph.packed,
                     "fallbacks": dict(graph.fallbacks),
                     "sites": sites,
                     "errors": [asdict(error) for error in accuracy.call_errors(graph)],
@@ -244,6 +245,7 @@ class Report:
         lines += [f"fallbacks: {count} x {reason}" for reason, count in t["fallbacks"].items()]
         grids = {g.grid: g for g in self.graphs if g.grid}
         lines += [f"frame grid: {t} x {h} x {w}, read off the rotary tables" for t, h, w in grids]
+        lines += dict.fromkeys(f"packed sequence: {g.packed}" for g in self.graphs if g.packed)
         lines += [f"kernel: {k}" for k in dict.fromkeys(k for g in self.graphs for k in g.kernels)]
         return lines + list(dict.fromkeys(f"steps: {g.steps}" for g in self.graphs if g.steps))
 

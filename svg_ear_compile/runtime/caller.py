@@ -87,15 +87,20 @@ def caller() -> Caller:
         del frame, inner, outer  # a frame that refers to itself would live until the garbage collector comes
 
 
-def timestep(model: nn.Module | None, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
-    """The timestep that a model is called with, by the usual names of that argument; None: not found."""
-    args, kwargs = arguments
-    for name in _TIMESTEP:
+def argument(who: Caller, *names: str) -> Any:
+    """What the model is called with under the first of these names that it was given; None: under none."""
+    args, kwargs = who.arguments
+    for name in names:
         if kwargs.get(name) is not None:
             return kwargs[name]
-    names = () if model is None else _parameters(model.__class__.forward)
-    places = [names.index(name) for name in _TIMESTEP if name in names]
+    known = () if who.model is None else _parameters(who.model.__class__.forward)
+    places = [known.index(name) for name in names if name in known]
     return next((args[place] for place in places if place < len(args)), None)
+
+
+def timestep(who: Caller) -> Any:
+    """The timestep that a model is called with, by the usual names of that argument; None: not found."""
+    return argument(who, *_TIMESTEP)
 
 
 @lru_cache(maxsize=256)

@@ -43,8 +43,8 @@ class ModelCalls:
         self.branch = 0
         self.ends = False
         """Whether the running call is the last of its generation, judging by the step before."""
-        self.key_padding: dict[Hashable, Any] = {}
-        """What the running call has read from masks (key_padding.py)."""
+        self.read: dict[Hashable, Any] = {}
+        """What the running call has read from its arguments (key_padding.py, packed.py)."""
         self._layers: dict[Hashable, Layer] = {}
         self._heard: set[Hashable] = set()
         self._branches: dict[Hashable, int] = {}
@@ -64,7 +64,7 @@ class ModelCalls:
                 self._calls_before = self._in_step.total()
                 self._in_step.clear()
             self._heard.clear()
-            self.key_padding.clear()
+            self.read.clear()
             place = line, self._in_step[line]
             self.branch = self._branches.setdefault(place, len(self._branches))
             self.step, self._line = step, line
@@ -83,7 +83,7 @@ class ModelCalls:
         """Frees the tensors that layers keep from one step to the next."""
         for layer in self._layers.values():
             layer.carried.clear()
-        self.key_padding.clear()
+        self.read.clear()
 
 
 class Generation:

@@ -60,11 +60,11 @@ class Clock:
                 self._calls = 0
                 self._advance_to(0)
         else:
-            self._by_timestep(timestep(caller.model, caller.arguments), limit)
+            self._by_timestep(timestep(caller), limit)
         self._calls += 1
         if self.generation.step == 0 and not self.generation.is_timed and self._is_timed(caller):
             self.generation.is_timed = True
-            x = timestep(caller.model, caller.arguments)
+            x = timestep(caller)
             self._timed_at = _view(x) or _largest(x)
         return self.generation
 

@@ -29,6 +29,7 @@ from .density import CallLog, Controller, Decision, logged
 from .generations import Generation, ModelCalls
 from .key_padding import MaskSource
 from .layers import Layer
+from .packed import in_words, packed_rows
 
 Grid = tuple[int, int, int]
 SAMPLE = 64
@@ -41,7 +42,8 @@ class RuntimePlan:
 
     sites: the numbers of the rewritten sites, in order. video: the position of the argument whose shape tells
     resolutions apart. mask_ids: sites with the same number share a mask. masks: what each of these masks is computed
-    from, if known. needs_grid: whether no site's grid is in the graph.
+    from, if known. needs_grid: whether no site's grid is in the graph. packed: the model's arguments that tell
+    which rows of a packed sequence are video; None: no sequence is packed.
     """
 
     sites: tuple[int, ...]
@@ -51,6 +53,7 @@ class RuntimePlan:
     masks: dict[int, MaskSource]
     needs_grid: bool
     read_grid: Callable[[Sequence[Tensor], int], Grid | None]
+    packed: tuple[str, str] | None = None
 
 
 class _Visit(NamedTuple):
@@ -122,15 +125,21 @@ class SparseCallable:
         is_cuda = device.type == "cuda"
         frozen = is_cuda and torch.cuda.is_current_stream_capturing()
         stream = torch.cuda.current_stream(device) if is_cuda else None
-        grid = None
-        if plan.needs_grid and plan.inputs.rotary:
+        grid = packed = None
+        if plan.packed is not None:
+            packed = packed_rows(who, plan.packed, generation, calls, frozen)
+            record.packed = "" if packed is None else in_words(packed)
+        elif plan.needs_grid and plan.inputs.rotary:
             grid = record.grid = self._grid([args[i] for i in plan.inputs.rotary], generation, frozen)
 
         num_steps = generation.num_steps if generation.num_steps is not None else settings.num_steps
         dense_steps = generation.warm_up(settings.dense_steps, num_steps)
         record.steps = _words(generation, settings.num_steps, dense_steps)
         if settings not in generation.memos:
-            generation.memos[settings] = Controller(settings, not plan.needs_grid or grid is not None)
+            knows_grid = (
+                bool(packed and packed.grids) if plan.packed else not plan.needs_grid or grid is not None
+            )
+            generation.memos[settings] = Controller(settings, knows_grid)
         controller: Controller = generation.memos[settings]
         controller.begin(generation.step, dense_steps, num_steps)
         layers = {site: calls.layer((id(who.layer), self._places[site])) for site in plan.sites}
@@ -141,7 +150,7 @@ class SparseCallable:
         call = RunContext(
             Decisions(
                 {visit.site: visit.decision for visit in visits},
-                grid, plan.mask_ids, self._names, settings.strict, settings.audit,
+                grid, packed, plan.mask_ids, self._names, settings.strict, settings.audit,
             ),
             Results(fallbacks=record.fallbacks, totals=record.totals_on(device)),
             Memo(made=self._made, warned=self._warned),
@@ -154,7 +163,7 @@ class SparseCallable:
         """Puts what earlier calls left into the memo."""
         memo, calls = run.context.memo, run.calls
         for number, mask in self.plan.masks.items():
-            key_padding.recall(calls.key_padding, memo.seen_keys, number, args, mask)
+            key_padding.recall(calls.read, memo.seen_keys, number, args, mask)
         for site, layer, decision in run.visits:
             if self._carries(run, decision) and not decision.anew:
                 carried = layer.recall(calls.branch, run.stamp)
@@ -221,7 +230,7 @@ class SparseCallable:
                 layer.keep(run.calls.branch, run.stamp, memo.carried[site])
         record.count(dense, run.generation.number, logs)
         for number, mask in self.plan.masks.items():
-            key_padding.keep(run.calls.key_padding, memo.seen_keys, number, args, mask)
+            key_padding.keep(run.calls.read, memo.seen_keys, number, args, mask)
 
 
 def _places(record: GraphRecord, sites: Sequence[int]) -> dict[int, Any]:

@@ -18,7 +18,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Figures]]:
     return two_processes(tmp_path_factory.mktemp("ranks"), "cuda")
 
 
-@pytest.mark.parametrize("name", ["wan whole 1.0", "hunyuan_video fullgraph 1.0"])
+@pytest.mark.parametrize("name", ["wan whole 1.0", "hunyuan_video fullgraph 1.0", "minimax_h3 regional 1.0"])
 def test_density_one_equals_one_gpu(ranks: list[dict[str, Figures]], name: str) -> None:
     for rank in ranks:
         assert rank[name]["off"] <= 2 * rank[name]["rounding"]

@@ -37,7 +37,7 @@ def make(
         counts = (clusters, counts[1])
     block = QUERY_BLOCK if queries else KEY_BLOCK
     return cluster.make_blocks(
-        x, valid, counts, block, carried, num_text, text_first, order, grid, 0, split_heads
+        x, valid, counts, block, carried, num_text, text_first, order, [grid] if grid else [], 0, split_heads
     )
 
 
@@ -59,7 +59,19 @@ def test_what_is_remembered_changes_nothing() -> None:
         for x, order, grid, num_text, chosen in runs:
             for valid in (None, torch.arange(x.shape[2])[None] < 140):
                 counts = block_counts(x.shape[2], num_text, order)[1]
-                how = (x, valid, counts, KEY_BLOCK, None, num_text, True, order, grid, 0, chosen)
+                how = (
+                    x,
+                    valid,
+                    counts,
+                    KEY_BLOCK,
+                    None,
+                    num_text,
+                    True,
+                    order,
+                    [grid] if grid else [],
+                    0,
+                    chosen,
+                )
                 found, expected = cluster.make_blocks(*how, memo.remember), cluster.make_blocks(*how)
                 for a, b in zip((*found[0], found[1]), (*expected[0], expected[1]), strict=True):
                     assert (a is None) == (b is None)

@@ -151,7 +151,7 @@ class Ours:
         self.blocks = []
         for n, x in enumerate((self.q, self.k)):
             blocks, self.states[n] = cluster.make_blocks(
-                x, None, counts[n], (128, 64)[n], self.states[n], 0, False, "kmeans", None, 0
+                x, None, counts[n], (128, 64)[n], self.states[n], 0, False, "kmeans", (), 0
             )
             self.blocks.append(blocks)
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from svg_ear_compile.kernels import context, planning
 from svg_ear_compile.kernels.blocks import places
+from svg_ear_compile.kernels.blocks.cubes import cubes
 from svg_ear_compile.kernels.constants import SiteConstants
 from svg_ear_compile.kernels.ops import attention
 
@@ -52,3 +54,74 @@ def test_equals_the_same_tokens_in_one_stretch(order: str, masked: bool) -> None
     torch.testing.assert_close(got[:, :, tokens], expected, rtol=0, atol=0)
     wrong = attention(*qkv(), mask, *c._replace(shards=1))
     assert (wrong - got).abs().max() > 1e-3, "a difference would be seen"
+
+
+PACKED_GRIDS = ((1, 6, 10), (3, 6, 10))
+"""A keyframe and a clip: 240 rows."""
+
+
+def packed() -> places.Packed:
+    """Their rows in a sequence that has others before, between and after them."""
+    video = torch.cat([torch.arange(5, 65), torch.arange(70, 250)])
+    other = torch.tensor([row for row in range(LENGTH) if row not in set(video.tolist())])
+    return places.Packed(places.Places(video, other, "name"), PACKED_GRIDS)
+
+
+def call_of(rows: places.Packed | None) -> context.RunContext:
+    return context.RunContext(context.Decisions(packed=rows, strict=True))
+
+
+@pytest.mark.parametrize("order", ["cubes", "splits"])
+def test_packed_rows_equal_the_same_in_one_stretch(order: str) -> None:
+    rows = packed()
+    tokens = torch.cat([rows.places.video, rows.places.other])
+    c = constants(order, False, 1)._replace(num_text=0, grid=[], packed=True)
+    with context.active(call := call_of(rows)):
+        got = attention(*qkv(), None, *c)
+    assert not call.results.dense
+    in_one = torch.arange(LENGTH)
+    straight = places.Packed(places.Places(in_one[:VIDEO], in_one[VIDEO:], "another"), PACKED_GRIDS)
+    with context.active(call_of(straight)):
+        expected = attention(*(x[:, :, tokens] for x in qkv()), None, *c)
+    assert torch.equal(got[:, :, tokens], expected)
+    dense = torch.nn.functional.scaled_dot_product_attention(*qkv())
+    exact = [(got - dense)[:, :, of].abs().max() for of in (rows.places.other, rows.places.video)]
+    assert exact[0] < 1e-5 < 1e-2 < exact[1], "queries that are no video meet all keys exactly"
+
+
+def test_blocks_of_packed_rows_are_cubes_of_each_grid() -> None:
+    rows, c = packed(), constants("cubes", False, 1)._replace(num_text=0, grid=[], packed=True)
+    with context.active(call_of(rows)):
+        c = context.current().decisions.constants(c)
+        plan = planning.make_plan(*qkv(), None, c)
+    keyframe, clip = (cubes(grid, torch.device("cpu")) for grid in PACKED_GRIDS)
+    lies = torch.cat([keyframe, clip + len(keyframe)])
+    assert torch.equal(plan.key_order[0, 0].long(), torch.cat([rows.places.video[lies], rows.places.other]))
+
+
+@pytest.mark.parametrize(
+    "rows", [None, packed()._replace(places=packed().places._replace(other=torch.arange(3)))]
+)
+def test_unknown_rows_are_dense(rows: places.Packed | None) -> None:
+    """The model was not called with them, or not with as many as there are."""
+    c = constants("auto", False, 1)._replace(num_text=0, grid=[], packed=True)
+    with context.active(call := call_of(rows)):
+        got = attention(*qkv(), None, *c)
+    assert call.results.dense == {0: "its video rows are not known"}
+    assert torch.equal(got, torch.nn.functional.scaled_dot_product_attention(*qkv()))
+
+
+@pytest.mark.parametrize(("least", "reason"), [(241, "too few tokens"), (240, "")])
+def test_rows_of_video_count(least: int, reason: str) -> None:
+    c = constants("auto", False, 1)._replace(num_text=0, grid=[], packed=True, min_tokens=least, min_frames=2)
+    with context.active(call := call_of(packed())):
+        attention(*qkv(), None, *c)
+    assert call.results.dense == ({0: reason} if reason else {})
+
+
+def test_a_single_image_is_no_video() -> None:
+    rows = packed()._replace(grids=((1, 24, 10),))
+    c = constants("auto", False, 1)._replace(num_text=0, grid=[], packed=True, min_frames=2)
+    with context.active(call := call_of(rows)):
+        attention(*qkv(), None, *c)
+    assert call.results.dense == {0: "one frame"}

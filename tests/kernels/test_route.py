@@ -300,7 +300,7 @@ def output_error(order: str, routing: str, density: float, seed: int) -> float:
     L, scale, rule = q.shape[2], q.shape[3] ** -0.5, "svg_ear" if routing == "svg_ear" else "output_error"
     counts = ((15, 0), (30, 0)) if order == "kmeans" else block_counts(L, 0, order)
     queries, keys = (
-        cluster.make_blocks(x, None, n, size, None, 0, False, order, None, 0)[0]
+        cluster.make_blocks(x, None, n, size, None, 0, False, order, (), 0)[0]
         for x, n, size in zip((q, k), counts, (128, 64), strict=True)
     )
     q, k, v = (permute.gather(x, y.order, y.offsets) for x, y in ((q, queries), (k, keys), (v, keys)))
@@ -364,7 +364,7 @@ def test_nothing_is_read_back_and_nothing_is_atomic(order: str, routing: str, de
     counts = block_counts(300, 20, order)
     with Watch() as watch:
         queries, keys = (
-            cluster.make_blocks(x, mask, n, size, None, 20, False, order, (4, 7, 10), 0)[0]
+            cluster.make_blocks(x, mask, n, size, None, 20, False, order, [(4, 7, 10)], 0)[0]
             for x, mask, n, size in zip((q, k), (None, valid), counts, (128, 64), strict=True)
         )
         k, v = (permute.gather(x, keys.order, keys.offsets) for x in (k, v))

@@ -118,6 +118,8 @@ def described(site: Site) -> str:
     words = [site.module_path, site.kind, site.verdict.reason.name]
     if layout.text_hint:
         words.append(f"text={layout.text_hint} {'first' if layout.text_first else 'last'}")
+    if layout.packed:
+        words.append("packed")
     if layout.grid_hint:
         words.append("x".join(map(str, layout.grid_hint)))
     return " ".join(words)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from models.golden import NO_VIDEO, read
+from models.golden import NO_VIDEO, SHARED, ULYSSES, read
 from models.tiny import BUILDERS, build
 from torch_versions import PAGE, kept
 
@@ -19,9 +19,13 @@ sound or images stays dense everywhere and is not listed.
 
 - whole, regional: how many calls of attention over video tokens are rewritten, of how many (and the number of
   graphs, if there is more than one). "-": the class names no repeated blocks, or they cannot be compiled alone.
+- Ulysses: the same of blocks compiled one by one, on one of two GPUs that share the sequence
+  (`model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))`). "plan": diffusers has a plan for the
+  class; it was not tried here. HunyuanVideo has none, and was tried with the one of `tests/parallel/worlds.py`,
+  passed as `cp_plan=`; other classes need one, too.
 - text: where other tokens lie in the same sequence. They are always exact.
 - mask: which part of the attention mask becomes the key padding of the ops.
-- grid: how the frame grid is known (regional: always from the rotary tables).
+- grid: how the frame grid is known (regional: always from the rotary tables, or the arguments of the model's call).
 
 One frame is an image: such calls stay dense.
 
@@ -41,14 +45,15 @@ def page() -> str:
         if name in NO_VIDEO:
             continue
         whole, regional = sections[name, "whole"], sections.get((name, "regional"))
+        kind = type(build(name)[0])
+        plan = "plan" if getattr(kind, "_cp_plan", None) else ""
+        ulysses = _count(sections[name, ULYSSES]) if name in SHARED else plan
         text, mask, grid, reasons = _facts(whole if _video(whole) else regional or whole)
-        rows.append(
-            [f"{type(build(name)[0]).__name__} ({name})", _count(whole), _count(regional), text, mask, grid]
-        )
+        rows.append([f"{kind.__name__} ({name})", _count(whole), _count(regional), ulysses, text, mask, grid])
         notes += [f"- {name}: {reason}" for reason in reasons]
         if _graphs(whole) > 1:
             notes.append(f"- {name}: compiled as a whole it breaks into {_graphs(whole)} graphs")
-    head = ["class (test)", "whole", "regional", "text", "mask", "grid"]
+    head = ["class (test)", "whole", "regional", "Ulysses", "text", "mask", "grid"]
     lines = [head, ["---"] * len(head), *rows]
     table = "\n".join("| " + " | ".join(row) + " |" for row in lines)
     reasons = "\n".join(dict.fromkeys(notes))
@@ -79,6 +84,7 @@ def _facts(section: list[str]) -> tuple[str, str, str, list[str]]:
     """(text, mask, grid, why what stays dense does)."""
     lines = _video(section)
     text = next((m[1] for line in lines if (m := re.search(r"text=\d+ (first|last)", line))), "")
+    packed = any(" packed " in line for line in lines)
     left = [line for line in lines if line.endswith("not rewritable")]
     masks = {re.sub(r" ?\[.*?\].*", "", line.partition(" | ")[2]) for line in lines if line not in left} - {
         "none"
@@ -92,6 +98,8 @@ def _facts(section: list[str]) -> tuple[str, str, str, list[str]]:
             reasons.append(line.split(" x ", 1)[1].partition(" | ")[0] + " is not rewritten")
         elif known is not Reason.REWRITTEN:
             reasons.append(f"`{where}` {known.sentence}")
+    if packed:
+        text, grid = "anywhere", "arguments"
     if not any(" REWRITTEN" in line for line in lines):
         grid = ""
     return text, ", ".join(sorted(m for m in masks if m)), grid, reasons

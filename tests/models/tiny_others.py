@@ -183,25 +183,33 @@ def minimax_h3() -> Tiny:
 
     model = MiniMaxH3Transformer3DModel(
         num_attention_heads=2, attention_head_dim=16, hidden_size=24, num_layers=2, num_refiner_layers=1,
-        ffn_dim=32, in_channels=4, audio_in_channels=6, text_dim=16, freq_dim=8, time_embed_hidden_dim=24,
+        ffn_dim=32, in_channels=24, audio_in_channels=32, text_dim=16, freq_dim=8, time_embed_hidden_dim=24,
         time_embed_dim=16, rope_freq_dim=2,
     )  # fmt: skip
 
     def arguments(f: int, h: int, w: int, batch: int = 1) -> Arguments:
-        sound, tokens = 6, f * h * w
-        tags = torch.tensor([1] * TEXT + [2] * sound + [0] * tokens)
-        place = torch.stack(torch.meshgrid(*map(torch.arange, (f, h, w)), indexing="ij"), -1).reshape(-1, 3)
+        sound, frame, tokens = 5, h * w, f * h * w
+        tags = torch.tensor(
+            [1] * TEXT + [0] * (frame + tokens) + [2] * sound
+        )  # a keyframe comes before the clip
+        axes = (TEXT + 5 / 3 * torch.arange(f), torch.arange(h) / 3, torch.arange(w) / 3)
+        clip = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)
+        places = torch.zeros(len(tags), 3, dtype=torch.float64)
+        places[:TEXT, 0] = torch.arange(TEXT)
+        places[tags == 0] = torch.cat([clip[-frame:], clip]).double()
+        places[tags == 2, 0] = TEXT + torch.arange(sound).double()
         return {
-            "hidden_states": noise(batch, tokens, 16),
-            "audio_hidden_states": noise(batch, sound, 6),
+            "hidden_states": noise(batch, frame + tokens, 96),
+            "audio_hidden_states": noise(batch, sound, 32),
             "encoder_hidden_states": noise(batch, TEXT, 16),
-            "timestep": torch.tensor([0.7, 0.3]),
+            "timestep": torch.tensor([0.3, 0.7]),
             "timestep_indices": (tags == 2).long(),
             "token_tags": tags,
-            "position_ids": torch.cat([torch.zeros(TEXT + sound, 3), place.float()]),
-            "video_indices": torch.arange(TEXT + sound, TEXT + sound + tokens),
-            "audio_indices": torch.arange(TEXT, TEXT + sound),
-            "text_indices": torch.arange(TEXT),
+            "position_ids": places,
+            **{
+                f"{name}_indices": (tags == tag).nonzero()[:, 0]
+                for tag, name in enumerate(("video", "text", "audio"))
+            },
         }
 
     return model, arguments

@@ -15,7 +15,12 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Figures]]:
     return two_processes(tmp_path_factory.mktemp("ranks"))
 
 
-@pytest.mark.parametrize("name", ["wan whole 1.0", "hunyuan_video fullgraph 1.0"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "wan whole 1.0", "hunyuan_video fullgraph 1.0", "minimax_h3 whole 1.0", "minimax_h3 regional 1.0",
+    ],
+)  # fmt: skip
 def test_density_one_equals_one_process(ranks: list[dict[str, Figures]], name: str) -> None:
     for rank in ranks:
         assert rank[name]["off"] < 1e-6
@@ -34,6 +39,14 @@ def test_equals_the_joint_softmax_of_its_plans(ranks: list[dict[str, Figures]], 
         assert found["cubes"], "over the grid of the whole video"
         assert found["text_exact"]
         assert found["grids"].count(GRID) == 2, "of the graphs of both blocks"
+
+
+def test_a_packed_sequence(ranks: list[dict[str, Figures]]) -> None:
+    for rank in ranks:
+        found = rank["minimax_h3 regional 0.3"]
+        assert found["off"] < 1e-6
+        assert found["off_if_dropped"] > 1e-3
+        assert (found["plans"], found["heads"], found["skips"]) == (2, {1}, True)
 
 
 def test_fully_sharded_weights(ranks: list[dict[str, Figures]]) -> None:
