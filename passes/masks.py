@@ -29,7 +29,6 @@ from .sizes import example, hint, is_tensor, shape, shown
 HIDES = -1e4
 """Scores of at most this hide a key: exp(-10000) is 0 in every dtype."""
 _SAME_VALUES = {"to", "bool", "float", "half", "bfloat16", "type", "type_as", "contiguous", "clone"}
-_RESHAPES = _SAME_VALUES | {"view", "reshape", "unsqueeze", "expand"}
 _MORE_DIMENSIONS = {"unsqueeze", "view", "reshape", "expand", "repeat", "flatten", "getitem"}
 
 

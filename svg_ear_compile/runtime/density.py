@@ -231,12 +231,12 @@ class Controller:
                 for density, x in zip(measure.densities, tried, strict=True)
             ]
         error = _clamped(error_of(*sums[0]).call)
-        self._guard(layer, decision, error)
+        self._guard(layer, error)
         if decision.density is None or layer.boost != 1:
             return []
         return [Sample(key, decision.density, error)]
 
-    def _guard(self, layer: Layer, decision: Decision, error: float) -> None:
+    def _guard(self, layer: Layer, error: float) -> None:
         """Gives the layer more density, or makes it dense, if its error is too large."""
         if math.isnan(error):
             return
