@@ -2,7 +2,7 @@
 
 Both runs use the same trained weights (`svg_ear_compile.tiny_wan`), regional compilation and the same Euler
 steps; the only difference is the backend. Times leave out the first step of a run, which may compile, and the
-steps that svg_ear computes densely on purpose.
+steps that svg_ear runs dense on purpose.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 PROMPT = "a plain red square moving right, over the rocket photo panning left"
 DENSE_STEPS = 0.2  # share of the steps that stay dense, as in the paper
-PAYS_BELOW = 0.85  # a sparse step that takes more of a dense step than this is not worth it
-CPU_BUDGET = 150.0  # seconds of sampling, both runs, beyond which a CPU run gives up guidance
+PAYS_BELOW = 0.85  # of a dense step's time; a sparse step that takes longer is not worth it
+CPU_BUDGET = 150.0  # seconds for both clips; where they would take longer, a CPU does without guidance
 Size = tuple[int, int, int]
 
 
@@ -53,7 +53,7 @@ class Demo:
 
 @dataclass(frozen=True)
 class Result:
-    """Clips [F, 3, H, W] in [0, 1], seconds of every step, and how close the clips are to each other."""
+    """Clips [F, 3, H, W] in [0, 1], the seconds of each step, and how close the clips are to each other."""
 
     dense: Tensor
     sparse: Tensor
@@ -134,7 +134,7 @@ def run(demo: Demo) -> Result:
     sparse_from = max(1, math.ceil(DENSE_STEPS * steps))
     inner = "inductor" if can_compile(device) else "eager"
     if inner == "eager":
-        print("No C++ compiler (or no Python headers) here: both runs go without Inductor.")
+        print("There is no C++ compiler (or no Python headers) here: both runs do without Inductor.")
 
     dtype = torch.float32 if on_cpu else torch.bfloat16
     model = tiny_wan.load_model(device, dtype, demo.weights)
@@ -152,7 +152,9 @@ def run(demo: Demo) -> Result:
     guidance = demo.guidance or (1.0 if on_cpu and 4 * steps * forward > CPU_BUDGET else tiny_wan.GUIDANCE)
     calls = 1 if guidance == 1 else 2
     estimate = 2 * steps * calls * forward
-    print(f"A dense forward takes {forward:.3g} s, {calls} a step; two dense runs take {estimate:.0f} s.")
+    print(
+        f"A dense forward pass takes {forward:.3g} s, with {calls} per step; two dense runs take {estimate:.0f} s."
+    )
     dense, dense_seconds = _timed_sample(model, noise, ids, steps, guidance, "dense  ")
 
     del model
@@ -196,7 +198,7 @@ def _tell(result: Result, demo: Demo) -> None:
             result.ssim,
         ),
     ]
-    headers = ("run", "density", "s / step", "s in all", "PSNR dB", "SSIM")
+    headers = ("run", "density", "s / step", "s total", "PSNR dB", "SSIM")
     print(tabulate(rows, headers, floatfmt=("", ".2f", ".3f", ".1f", ".2f", ".4f")))
     ratio = result.sparse_step / result.dense_step
     print(

@@ -25,7 +25,7 @@ LABEL_HEIGHT = 14  # pixels of the text line above a picture
 
 
 def frames_last(clip: Tensor) -> Tensor:
-    """The clip as [F, H, W, C] fp32 on the CPU; raises on another shape or on values outside [0, 1]."""
+    """The clip as [F, H, W, C] fp32 on the CPU. Raises ValueError for another shape, or values outside [0, 1]."""
     if clip.ndim != 4:
         raise ValueError(f"a clip is [F, H, W, C] or [F, C, H, W], got {tuple(clip.shape)}")
     if clip.shape[-1] not in (1, 3):
@@ -80,10 +80,9 @@ def vmaf(reference: Tensor, clip: Tensor) -> float:
 def vmaf_frames(reference: Tensor, clip: Tensor) -> list[float]:
     """Netflix's perceptual metric of each frame: 0 to 100, about 97 to 100 for equal clips.
 
-    A regression of what viewers said (model vmaf_v0.6.1) on how detail and motion are kept. Its weights come
-    with ffmpeg, which comes with imageio-ffmpeg. It was fitted to people who watch 1080p: scores of other
-    sizes are good for comparing clips of that size only. Raises RuntimeError with ffmpeg's own words where
-    that cannot compute it.
+    A regression of viewers' ratings (model vmaf_v0.6.1) on how well detail and motion are kept. Its weights come
+    with ffmpeg, which comes with imageio-ffmpeg. It was fitted to people watching 1080p: at other sizes, scores
+    only compare clips of the same size. Raises RuntimeError with ffmpeg's own message if ffmpeg cannot compute it.
     """
     from imageio_ffmpeg import get_ffmpeg_exe
 
@@ -102,8 +101,8 @@ def vmaf_frames(reference: Tensor, clip: Tensor) -> list[float]:
         )  # fmt: skip
         if ran.returncode:
             raise RuntimeError(f"ffmpeg computes no VMAF (is it built with libvmaf?): {ran.stderr.strip()}")
-        told = json.loads(Path(folder, "vmaf.json").read_text())
-    return [float(frame["metrics"]["vmaf"]) for frame in told["frames"]]
+        scores = json.loads(Path(folder, "vmaf.json").read_text())
+    return [float(frame["metrics"]["vmaf"]) for frame in scores["frames"]]
 
 
 def _picture(pixels: Tensor, label: str, scale: int) -> Image:

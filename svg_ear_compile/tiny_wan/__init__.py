@@ -148,8 +148,9 @@ def velocity(model: nn.Module, clip: Tensor, timestep: Tensor, ids: Tensor) -> T
 def noise_shift(frames: int, height: int, width: int) -> float:
     """How far the noise levels of a clip of so many pixels are moved up: sqrt(F H W / 1024).
 
-    More pixels show the same scene through more noise, so its layout is decided earlier. s -> shift s /
-    (1 + (shift - 1) s) as in Stable Diffusion 3 (arXiv 2403.03206, section 5.3.2), here also over frames.
+    With more pixels a scene shows through more noise, so its layout is decided at higher noise levels.
+    s -> shift s / (1 + (shift - 1) s) as in Stable Diffusion 3 (arXiv 2403.03206, section 5.3.2);
+    here also over frames.
     """
     return math.sqrt(frames * height * width / 1024)
 
