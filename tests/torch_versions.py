@@ -40,8 +40,8 @@ def result(version: str, folder: Path) -> list[str]:
     pip = [folder / "bin" / "pip", "install", "-q", "--no-compile"]
     constrained = [*pip, "-c", ROOT / "constraints.txt"]
     for command in (
-        [*pip, f"torch=={version}"],
-        [*constrained, "setuptools", "numpy", "tabulate", "pytest"],
+        [*pip, f"torch=={version}", "numpy"],  # the newest for this Python
+        [*constrained, "setuptools", "tabulate", "pytest"],
         [*pip, "--no-deps", "--no-build-isolation", "-e", ROOT],
     ):
         subprocess.run(command, check=True)
