@@ -61,6 +61,13 @@ def _checked(out: Tensor, query: Tensor) -> Tensor:
     return out
 
 
+def _dense(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, c: SiteConstants) -> Tensor:
+    """Dense attention. Measures what sparse calls would have lost, if the host asked for that."""
+    out = dense_attention(query, *dense_keys(key, value, attn_mask, c.site), c.scale)
+    measure_dense(out, c, partial(try_forms, query, key, value, attn_mask, c))
+    return out
+
+
 @torch.library.custom_op(
     "svg_ear::clustered_permute",
     mutates_args=(),
@@ -111,8 +118,7 @@ def sparse_exact(
         return _checked(out, query), lse
 
     def dense() -> tuple[Tensor, Tensor]:
-        out = dense_attention(query, *dense_keys(key, value, attn_mask, c.site), c.scale)
-        measure_dense(out, c, partial(try_forms, query, key, value, attn_mask, c))
+        out = _dense(query, key, value, attn_mask, c)
         return out, query.new_empty(query.shape[:-1], dtype=torch.float32)
 
     return sparse_or_dense(query, c, sparse, dense, alone=False)
@@ -176,12 +182,11 @@ def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | Non
         mask = drop_noop_mask(attn_mask, c.site)
         plan = planning.make_plan(query, key, value, mask, c)
         out = like_output(query)
-        kernels, variable = kernels_for(query).attention, c.order == "kmeans"
-        if variable and not c.compensate:  # no centroid counts, so none need be read
-            out, _ = kernels.sparse_exact(query, plan, c.scale_of(query), out)
+        if c.variable and not c.compensate:  # no centroid counts, so none need be read
+            out, _ = kernels_for(query).attention.sparse_exact(query, plan, c.scale_of(query), out)
         else:
             chosen = context.current().decisions.of(c).first_order
-            out = first_order.attend(query, plan, c.scale_of(query), out, variable, chosen)
+            out = first_order.attend(query, plan, c.scale_of(query), out, c.variable, chosen)
         query_order = plan.query_order
         del plan  # a trial makes others, as large as this one
         keys = partial(dense_keys, key, value, attn_mask, c.site)
@@ -189,12 +194,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | Non
         measure_call(query, keys, _checked(out, query), query_order, c, trial)
         return out
 
-    def dense() -> Tensor:
-        out = dense_attention(query, *dense_keys(key, value, attn_mask, c.site), c.scale)
-        measure_dense(out, c, partial(try_forms, query, key, value, attn_mask, c))
-        return out
-
-    return sparse_or_dense(query, c, sparse, dense)
+    return sparse_or_dense(query, c, sparse, lambda: _dense(query, key, value, attn_mask, c))
 
 
 @attention.register_fake
