@@ -102,7 +102,7 @@ def made_up_plan(key: Tensor, value: Tensor, density: float, clusters: bool) -> 
     order = torch.arange(L, device=device, dtype=torch.int32).expand(B, H, L).contiguous()
     return SparsePlan(
         key, value, order, query_offsets, order, key_offsets, means[0], means[1], bias.contiguous(),
-        kept.sum(-1, dtype=torch.int32), blocks.contiguous(),
+        kept.sum(-1, dtype=torch.int32), blocks.contiguous(), key.new_zeros(B, H, Cq, D),
     )  # fmt: skip
 
 

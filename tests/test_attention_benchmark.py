@@ -10,7 +10,7 @@ from benchmark import import_benchmark
 
 from svg_ear_compile.kernels import context
 from svg_ear_compile.kernels.blocks import cluster
-from svg_ear_compile.kernels.plan import SparsePlan
+from svg_ear_compile.kernels.plan import SparsePlan, empty_plan
 from svg_ear_compile.precedence import resolve
 
 
@@ -83,3 +83,12 @@ def test_clustering_is_watched_and_still_done(order: str) -> None:
     assert len(seen) == 2, "queries and keys"
     assert all(isinstance(blocks, cluster.Blocks) for blocks, _ in seen)
     assert cluster.make_blocks is real
+
+
+@pytest.mark.parametrize("clusters", [False, True])
+def test_configurations_are_timed_on_a_plan(clusters: bool) -> None:
+    key, value = torch.randn(2, 1, 2, 4 * 128 + 5, 16)
+    plan = import_benchmark("attention_configs").made_up_plan(key, value, 0.3, clusters)
+    expected = empty_plan(key, 0, "kmeans" if clusters else "cubes")
+    assert [(x.shape, x.dtype) for x in plan] == [(x.shape, x.dtype) for x in expected]
+    assert 0 < plan.kept_count.sum() < plan.bias.numel()
