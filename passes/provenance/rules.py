@@ -205,7 +205,6 @@ def _first(axes: Axes, node: fx.Node) -> Found:
 
 
 RULES: dict[str, Callable[[Axes, fx.Node], Found]] = {
-    **dict.fromkeys(("permute",), permute_rule),
     **dict.fromkeys(("transpose", "swapaxes", "swapdims", "t"), transpose_rule),
     **dict.fromkeys(("movedim", "moveaxis"), movedim_rule),
     **dict.fromkeys(("reshape", "view", "flatten", "unflatten", "contiguous"), reshape_rule),
@@ -218,7 +217,7 @@ RULES: dict[str, Callable[[Axes, fx.Node], Found]] = {
     **dict.fromkeys(("sum", "mean", "amax", "amin", "argmax", "any", "all"), _reduce),
     **dict.fromkeys(("layer_norm", "rms_norm", "group_norm", "softmax", "dropout", "type_as", "to"), _first),
     **dict.fromkeys(("index_copy", "index_add", "index_fill", "scatter", "scatter_add"), _scatter),
-    "all_to_all_single": exchange_rule, "wait_tensor": wait_rule,
+    "permute": permute_rule, "all_to_all_single": exchange_rule, "wait_tensor": wait_rule,
     "view_as_complex": _as_complex, "view_as_real": _as_real,
     "baddbmm": baddbmm_rule, "einsum": einsum_rule,
     "stack": _stack, "unbind": _unbind, "getitem": _getitem, "setitem": _setitem, "linear": linear_rule,
