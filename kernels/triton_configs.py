@@ -52,7 +52,7 @@ def _has_tma(capability: tuple[int, int], head_dim: int) -> bool:
 
 
 def probe_config_for(capability: tuple[int, int], head_dim: int, dtype: torch.dtype) -> Config:
-    """The probe's: block_m query centroids, tiles of 64 keys."""
+    """The configuration of the probe: block_m query centroids, tiles of 64 keys."""
     if capability == (0, 0):
         return Config(64, 64, 64, 4, 1, 1)
     if dtype == torch.float32:
@@ -60,12 +60,12 @@ def probe_config_for(capability: tuple[int, int], head_dim: int, dtype: torch.dt
     tma = _has_tma(capability, head_dim)
     if head_dim > 128:
         return Config(64, 64, 64, 8, 2 if tma else 1, 1, tma=tma)
-    # 128 registers a thread and under 100 KB: two programs a multiprocessor, one computes while one waits.
+    # 128 registers a thread and under 100 KB, so two programs per multiprocessor: one computes while the other waits.
     return Config(128, 64, 64, 8, 2, 1, tma=True) if tma else Config(64, 64, 64, 8, 2, 1)
 
 
 def assign_config_for(capability: tuple[int, int], head_dim: int, dtype: torch.dtype) -> Config:
-    """k-means': block_m tokens, block_c centroids."""
+    """The configuration of k-means: block_m tokens, block_c centroids."""
     if capability == (0, 0):
         return Config(64, 0, 16, 4, 1, 1)
     if dtype == torch.float32:

@@ -234,7 +234,7 @@ def attention_kernel(
     query_stride_b, query_stride_h, query_stride_l, out_stride_b, out_stride_h, out_stride_l,
     HEAD_DIM: gl.constexpr, STAGES: gl.constexpr, TERMS: gl.constexpr,
 ):  # fmt: skip
-    """The module's docstring. order: the query block of each program; STAGES: of the ring; TERMS: whether
+    """See kernels/attention/hopper.py. order: the query block of each program; STAGES: of the ring; TERMS: whether
     some of the heads have first-order terms."""
     rank, head, batch = gl.program_id(0), gl.program_id(1), gl.program_id(2)
     row = batch * H + head

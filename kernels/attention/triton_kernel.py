@@ -53,8 +53,8 @@ def _step_pair(q, k0, v0, bias0, k1, v1, bias1, scale, top, total, acc, PRECISIO
 @triton.jit
 def _add_linear(acc, rows, in_block, share, matrix, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
                 CHUNK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """acc + share * queries @ matrix. A few columns of the queries at a time, which lie at `rows`, from
-    memory again: registers hold no more."""
+    """acc + share * queries @ matrix. The queries, at `rows`, are read from memory again, a few columns at a
+    time: registers hold no more."""
     columns = tl.arange(0, BLOCK_D)
     for start in tl.range(0, BLOCK_D, CHUNK, num_stages=1):
         part = start + tl.arange(0, CHUNK)
@@ -82,7 +82,7 @@ def attention_kernel(
     CHUNK: tl.constexpr, PARTS: tl.constexpr, WALK: tl.constexpr, PAIR: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, CENTROID_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The module's docstring. EXACT, CENTROIDS: the streams; without EXACT the state comes from exact and
+    """See kernels/attention/triton.py. EXACT, CENTROIDS: the streams; without EXACT the state comes from exact and
     lse, without CENTROIDS lse is written. TERMS: whether some of the heads have first-order terms. PARTS:
     query tiles per block of equal tiles; 0: tile_block and tile_first say which. WALK: key blocks may be
     longer than BLOCK_N. PAIR: two kept blocks at once."""

@@ -22,7 +22,7 @@ from .rows_torch import kept_of
 
 @triton.jit
 def _step(s, v, top, total, acc, PRECISION: tl.constexpr):
-    """One tile of logits and its values into the online softmax; and what shrinks the sums so far."""
+    """Adds a tile to the online softmax. Also returns the factor of earlier sums, and the sum of the tile."""
     new_top = tl.maximum(top, tl.max(s, 1))
     base = tl.where(new_top == float("-inf"), 0.0, new_top)  # nothing seen yet: exp2(-inf - -inf) is NaN
     p = tl.exp2(s - base[:, None])

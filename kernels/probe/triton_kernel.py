@@ -27,7 +27,7 @@ def _logits(q, key, head, stop, size, length, BLOCK_N: tl.constexpr, HEAD_DIM: t
 
 @triton.jit
 def _base(top):
-    """What logits are taken off from: exp2(-inf - -inf) is NaN."""
+    """What is subtracted from logits: 0 instead of -inf, since exp2(-inf - -inf) is NaN."""
     return tl.where(top == float("-inf"), 0.0, top)
 
 
@@ -62,7 +62,7 @@ def probe_kernel(
     BLOCKS: tl.constexpr, ONE_TILE: tl.constexpr, OUTPUT_ERROR: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The module's docstring; all in units of log 2 until it is stored. error: without c_i. parts: c_i over
+    """See kernels/probe/triton.py. All is in units of log 2 until it is stored. error: without c_i. parts: c_i over
     the program's own run of key blocks. value: the norms of spread_kernel where OUTPUT_ERROR is not set."""
     head = tl.program_id(2)
     head64 = head.to(tl.int64)
@@ -77,7 +77,7 @@ def probe_kernel(
     scale = scale * LOG2_E
     begin = tl.program_id(1) * BLOCKS
 
-    # The centroids' own logits wait in gap until their block comes.
+    # The logits of the centroids are kept in gap until the loop reaches their block.
     blocks = begin + tl.arange(0, BLOCKS)
     here = blocks < Ck
     kc = tl.load(
