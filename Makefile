@@ -1,9 +1,9 @@
-# make demo: watch it work. make test: lint, types and tests. make test-all: the slow tests, too.
+# make demo: watch it work. make test: lint, types and tests. make test-all: the slow tests, too. make docs: a site.
 # All set up .venv first; python3 is all they need.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all matrix lint types gpu sanitize quality clean
+.PHONY: demo test test-all docs matrix lint types gpu sanitize quality clean
 
 demo: .venv/ready
 	$(BIN)/svg-ear demo $(ARGS)
@@ -15,6 +15,10 @@ test: lint types
 
 test-all: lint types
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal $(ARGS)
+
+# The pages of docs/ as a site in site/. A link that leads nowhere is an error.
+docs: .venv/ready
+	$(BIN)/mkdocs build --strict
 
 # A few tests on other versions of torch, each in an environment of its own; results go to docs/MODELS.md.
 VERSIONS ?= 2.10.0 2.11.0 2.12.1 2.13.0 2.14.1
@@ -48,4 +52,4 @@ sanitize:
 	@touch $@
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache build *.egg-info outputs
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache build *.egg-info outputs site

@@ -76,3 +76,31 @@ def test_every_path_that_a_page_names_exists(page: Path) -> None:
 def test_every_path_that_a_source_names_exists(path: Path) -> None:
     names = set(re.findall(rf"(?<![\w/.])(?:{'|'.join(FOLDERS)})/[\w./*-]*{ENDINGS}\b", path.read_text()))
     assert not {name for name in names if not exists(name)}
+
+
+def test_the_site_builds_and_no_link_in_it_is_broken(tmp_path: Path) -> None:
+    """`make docs`: mkdocs looks at anchors, too."""
+    commands = pytest.importorskip("mkdocs.commands.build")
+    from mkdocs.config import load_config
+
+    config = load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path))
+    commands.build(config)
+    built = {path.stem for path in tmp_path.glob("*.html")}
+    assert built >= {path.stem for path in (ROOT / "docs").glob("*.md")} | {"index", "contributing"}
+
+
+def test_the_page_on_troubles_quotes_what_is_said() -> None:
+    """Lines of the report, in the first column of its tables."""
+    code = "\n".join(
+        path.read_text() for path in SOURCES if "svg_ear_compile" in path.parts or "passes" in path.parts
+    )
+    code += (ROOT / "kernels/attention/choice.py").read_text()
+    flat = " ".join(re.sub(r'["\n]|f"', " ", code).split())
+    page = (ROOT / "docs/TROUBLESHOOTING.md").read_text()
+    quoted = re.findall(r"^\| `([^`]+)`", page, flags=re.MULTILINE)
+    assert len(quoted) > 20
+    missing = []
+    for text in quoted:
+        parts = [part.strip() for part in re.split(r"\.\.\.|[()]|kernel: |svg_ear: |0\.6|: ?$", text)]
+        missing += [(text, part) for part in parts if part and part not in flat]
+    assert not missing
