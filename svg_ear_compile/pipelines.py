@@ -19,6 +19,8 @@ from . import compat
 from .precedence import resolve
 
 REGIONAL, WHOLE, LEFT = "block by block", "as a whole", "left as it is"
+BETTER_WHOLE = {"SanaWMTransformer3DModel"}
+"""Of which more attention is rewritten in the whole model than in its blocks alone (docs/MODELS.md)."""
 _enabled: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
@@ -113,7 +115,8 @@ def compile_model(model: nn.Module, options: dict[str, Any]) -> tuple[str, str]:
         )
     names = getattr(model, "_repeated_blocks", None) or ()
     lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
-    regional = any(type(block).__name__ in names for blocks in lists for block in blocks)
+    named = any(type(block).__name__ in names for blocks in lists for block in blocks)
+    regional = named and type(model).__name__ not in BETTER_WHOLE
     how: dict[str, Any] = {"backend": "svg_ear", "options": options or None}
     if regional:
         model.compile_repeated_blocks(**how)  # type: ignore[operator]
@@ -122,7 +125,10 @@ def compile_model(model: nn.Module, options: dict[str, Any]) -> tuple[str, str]:
     _enabled.update(module for module in model.modules() if compat.is_compiled(module))
     if regional:
         return REGIONAL, f"one graph serves all blocks of a kind ({', '.join(names)})"
-    return WHOLE, "diffusers names no repeated blocks of this model"
+    return (
+        WHOLE,
+        "more of it is rewritten so" if named else "diffusers names no repeated blocks of this model",
+    )
 
 
 def _takes_video(pipe: Any) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from toy import EAGER, ToyVideo, calls
 from usage.wan import ROUNDING, error
 
 import svg_ear_compile
-from svg_ear_compile.pipelines import LEFT, REGIONAL, WHOLE, Enabled
+from svg_ear_compile.pipelines import BETTER_WHOLE, LEFT, REGIONAL, WHOLE, Enabled
 
 pytestmark = [pytest.mark.usefixtures("fresh"), pytest.mark.filterwarnings("error:svg_ear")]
 STEPS = 2
@@ -119,13 +121,31 @@ def test_layers_offloaded_one_by_one_are_left_with_advice(way: str) -> None:
     assert "enable_model_cpu_offload()" in str(done)
 
 
-def test_a_model_alone_and_one_that_must_be_whole() -> None:
-    """Token replacement has blocks that diffusers does not name as repeated."""
+@pytest.mark.parametrize("name", ["hunyuan_video_token_replace", pytest.param("sana_wm", marks=slow)])
+def test_models_that_are_better_whole(name: str) -> None:
+    """Token replacement has blocks that diffusers does not name as repeated; of Sana-WM blocks alone show less."""
+    assert hows(svg_ear_compile.enable(tiny_model(name))) == {"model": WHOLE}
+
+
+def test_the_table_of_models_says_which_are_better_whole() -> None:
+    """Of those that diffusers can compile block by block; `(3 graphs)` and the like are left out."""
+    page = (Path(__file__).parents[2] / "docs" / "MODELS.md").read_text()
+    row = r"^\| (\w+) \((\w+)\) \| (\d+) of \d+[^|]*\| (\d+) of (\d+)"
+    rows = re.findall(row, page, flags=re.MULTILINE)
+    assert len(rows) > 15
+    worse = {cls for cls, name, _, found, all_ in rows if 0 < int(found) < int(all_)}
+    assert worse == BETTER_WHOLE
+
+
+def test_a_model_alone() -> None:
+    assert hows(svg_ear_compile.enable(build("wan").pipe.transformer)) == {"model": REGIONAL}
+
+
+def tiny_model(name: str) -> Any:
     from models.tiny import BUILDERS
 
-    (builder,) = (b for b in BUILDERS if b.__name__ == "hunyuan_video_token_replace")
-    assert hows(svg_ear_compile.enable(builder()[0])) == {"model": WHOLE}
-    assert hows(svg_ear_compile.enable(build("wan").pipe.transformer)) == {"model": REGIONAL}
+    (builder,) = (b for b in BUILDERS if b.__name__ == name)
+    return builder()[0]
 
 
 class Images:
@@ -138,10 +158,7 @@ class Images:
 
 
 def test_a_pipeline_of_images_has_nothing_to_do() -> None:
-    from models.tiny import BUILDERS
-
-    (builder,) = (b for b in BUILDERS if b.__name__ == "flux")
-    model = builder()[0]
+    model = tiny_model("flux")
     done = svg_ear_compile.enable(Images(model))
     assert hows(done) == {"transformer": LEFT}
     assert "nothing to do" in str(done)

@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-from reporting.by_hand import graph, site
+from reporting.by_hand import graph, log, site
+from torch import nn
 
 from svg_ear_compile.precedence import resolve
 from svg_ear_compile.reporting import GraphRecord, diagnostics, records
+from svg_ear_compile.runtime.density import Decision
 
 
 def test_nothing_rewritten_is_loud_once(recwarn: pytest.WarningsRecorder) -> None:
@@ -71,3 +73,21 @@ def test_printed_once_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[
     record.sites = [site()]
     diagnostics.announce(record)
     assert json.loads((tmp_path / "report.json").read_text())["totals"]["sites"] == 1
+
+
+def test_a_model_that_is_gone_at_exit_stays_in_its_report(tmp_path: Path) -> None:
+    path, owner = tmp_path / "report.json", nn.Module()
+    record = records.new_record(resolve({"report": str(path)}, {}))
+    record.sites = [site()]
+    records.owned_by(record, owner)
+    diagnostics.announce(record)
+    record.count({}, 1, [log(0, 1, Decision(density=0.5))])
+    del owner
+    assert not records.live_records()
+    diagnostics._write_all()
+    assert json.loads(path.read_text())["totals"]["sparse_calls"] == 1
+    diagnostics.clear()
+    diagnostics._write_all()
+    assert json.loads(path.read_text())["totals"]["sparse_calls"] == 1, (
+        "after a reset there is nothing to write"
+    )
