@@ -1,4 +1,4 @@
-"""How does a call run that skips nothing? And which keys does its mask show?"""
+"""How does a call that skips nothing run? And which keys does its mask show?"""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def dense_attention(
 def _seen_keys(attn_mask: Tensor, site: int) -> int | None:
     """How many keys a mask shows if it shows the first ones, and as many in each batch element; else None.
 
-    A mask is read once a call at most: svg_ear_compile/runtime/key_padding.py knows masks from earlier calls.
+    A mask is read at most once per call: svg_ear_compile/runtime/key_padding.py knows masks from earlier calls.
     """
     call = context.current()
     number = call.decisions.mask_ids.get(site, site)

@@ -52,7 +52,7 @@ def sparse_or_dense(
     A site that failed is dense for the rest of the call, and counted. Each kind of error is warned of once.
     alone: dense() is right whatever the other ops of the site do. If it is not, and there is no context to
     tell the others, the error is raised. Autocast is off in here: the fakes promise the dtype of the query, and
-    float32 must stay float32. Triton launches on the current device, which may be another than that of the query.
+    float32 must stay float32. Triton launches on the current device, which may differ from the query's.
     """
     call = context.current()
     with torch.cuda.device_of(query), torch.autocast(query.device.type, enabled=False):

@@ -1,8 +1,8 @@
-"""What the kernels must compute, written as the formulas stand in docs/DESIGN.md.
+"""What the kernels must compute, written like the formulas in docs/DESIGN.md.
 
 Plain PyTorch over whole [L, L] score matrices, in float64 by default; shares no code with
-the kernels. With dtype=torch.bfloat16 (or another) the same formulas give the error that the low precision
-by itself brings: a kernel may err at most twice as much (the rule of FlashAttention's tests).
+the kernels. With dtype=torch.bfloat16 (or another) the same formulas give the error that the low precision alone
+causes: a kernel's may be at most twice as large (the rule of FlashAttention's tests).
 """
 
 from __future__ import annotations

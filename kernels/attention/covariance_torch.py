@@ -1,4 +1,4 @@
-"""How do the values of a block go with its keys, and how much does each block weigh?"""
+"""How do the values of a block vary with its keys, and how much does each block weigh?"""
 
 from __future__ import annotations
 

@@ -1,18 +1,18 @@
 """What does a centroid leave out, to first order in the query?
 
-The keys of a skipped block do not weigh the same: a query q weighs those more that lie along it. To first
-order the mean value that it finds in block j is not vc_j but
+The keys of a skipped block do not all weigh the same: a query q gives more weight to those that lie along it. To
+first order the mean value that it finds in block j is not vc_j but
 
     vc_j + scale C_j^T q,   C_j = 1/n_j sum_{t in j} (k_t - kc_j) (v_t - vc_j)^T   [D,D]
 
-(the derivative of the softmax mean of v_t by q, at q = 0). Applied block by block that were D times the work
-of the centroids. One matrix for a query block i brings most of it (docs/TRIED.md): C_j weighted as its query
-centroid qc_i weighs the skipped blocks,
+(the derivative of the softmax mean of v_t by q, at q = 0). Applied block by block, that would be D times the work of
+the centroids. One matrix for a query block i captures most of it (docs/TRIED.md): C_j weighted as its query centroid
+qc_i weighs the skipped blocks,
 
     M_i = scale sum_j p_ij C_j,   p_i = softmax_j(scale qc_i.kc_j + bias_ij),
     num(q) += (sum_j exp(s(q,kc_j) + bias_ij)) M_i^T q                       (num: kernels/plan.py)
 
-Computed for the heads where it was measured to make errors smaller; it makes a few larger.
+It is computed for the heads where a trial measured smaller errors; in a few heads it makes them larger.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ..plan import SparsePlan, Terms
 
 # Bytes of the C_j, or of a few queries' M_i, of the heads that are computed at a time.
 _CHUNK_BYTES = 2**27
-# Bytes of the M_i that a launch of attention reads: where those of all heads are more, heads go in parts.
+# Bytes of the M_i that a launch of attention reads: if all heads need more, they are taken in parts.
 _PART_BYTES = 2**28
 # cuBLAS is three times slower where rows of weights are not aligned to 16 bytes.
 _ALIGNED = 8
@@ -104,7 +104,7 @@ def linear(query: Tensor, blocks: Tensor, plans: Sequence[SparsePlan], scale: fl
 def _covariances(plan: SparsePlan, heads: Tensor, bytes_of_head: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
     """C_j [B,some,columns,D,D] of a few of the heads [n] at a time: (some, C_j).
 
-    columns: key blocks and, for cuBLAS, some zeros. bytes_of_head: what else is made of a head at a time.
+    columns: key blocks and, for cuBLAS, some zeros. bytes_of_head: what else takes memory for each head.
     """
     B, _, _, D = plan.key.shape
     columns = -(-plan.bias.shape[-1] // _ALIGNED) * _ALIGNED

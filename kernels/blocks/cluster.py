@@ -53,8 +53,8 @@ def make_blocks(
     block: tokens of an equal tile; text is cut into tiles in every order. carried: what the last call
     returned as its second value, to go on from (kmeans) or to use again (splits); None: nothing. grids:
     (frames, height, width) of the video tokens, of several videos one after another; (): not known. split_heads [H]:
-    with the order "auto" and grids, which heads go by splits. remember: keeps what cubes look like, which no tensor
-    has a say in, for the next call. places: where video and text tokens lie, if not in one stretch each.
+    with the order "auto" and grids, which heads go by splits. remember: keeps the order of cubes, which depends on no
+    tensor's values, for the next call. places: where video and text tokens lie, if not in one stretch each.
     Returns the blocks and what to carry on: for "kmeans" the centroids [B,H,C,D] float32, for heads that go
     by splits the order of their tokens [B,heads,L] int32.
     """
@@ -74,7 +74,7 @@ def make_blocks(
         return torch.cat([video, text.expand(*video.shape[:2], num_text)], dim=-1)
 
     def offsets(ends: Tensor | None = None) -> Tensor:
-        """ends: where the blocks of video tokens end, if these are no tiles."""
+        """ends: where the blocks of video tokens end, if they are not tiles."""
         n_video: int | Tensor = n
         n_text: int | Tensor = num_text
         if valid is not None and seen is not None:

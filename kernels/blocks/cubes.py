@@ -1,4 +1,4 @@
-"""Blocks of neighbours in the frame grid: an order of its tokens any stretch of which is a compact box."""
+"""Blocks of neighbours in the frame grid: an order of its tokens in which every stretch is a compact box."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def cubes(grid: tuple[int, ...], device: torch.device) -> Tensor:
     """slot -> token [F*H*W] int64: any run of successive slots of a frame grid forms a compact box.
 
     Frames and rows are cut into balanced slabs (3 or 4 wide, as the grid allows); each (frame slab, row slab)
-    is a column that is run through along the width, forth and back in turns, and the columns of a frame slab
-    down and up in turns; inside one column the (frame, row) cell of each width position is a serpentine too.
-    So successive slots are neighbours nearly everywhere, and a block that is cut anywhere stays one piece.
-    The token -> slot map is integer arithmetic on the coordinates; its inverse is this.
+    is a column that is traversed along the width, alternately forwards and backwards, and the columns of a frame slab
+    alternately down and up; inside a column the (frame, row) cells of each width position form a serpentine too. So
+    successive slots are almost always neighbours, and a block that is cut anywhere is one piece. The token -> slot
+    map is integer arithmetic on the coordinates; its inverse is this.
     """
     F, H, W = grid
     f = torch.arange(F, device=device).view(F, 1, 1)

@@ -20,9 +20,9 @@ def splits(x: Tensor, valid: Tensor | None, block: int) -> Tensor:
 
     N tokens are m = ceil(N/block) tiles. At level l the slots are 2^l segments of whole tiles, segment k
     those numbered from ceil(k m / 2^l) to ceil((k+1) m / 2^l); each is cut into the two segments of the next
-    level along its first principal direction, so that the tokens of the smaller coordinates lie in the
-    first. Among equal ones those that come first do. valid [B,N] bool, None when all are: the valid tokens
-    fill a prefix of the slots, the masked ones follow in their order.
+    level along its first principal direction, so that the tokens with the smaller coordinates lie in the first; among
+    equal ones, those that come first. valid [B,N] bool, None when all are: the valid tokens fill a prefix of the
+    slots, the masked ones follow in their order.
     """
     B, H, N, D = x.shape
     order = torch.empty((B, H, N), dtype=torch.int64, device=x.device)

@@ -1,7 +1,7 @@
 """The three steps of one level of the balanced splits (kernels/blocks/splits.py), in plain PyTorch.
 
 x [G,N,D]: the tokens of G heads. order [G,N] int32: slot -> token. Slots from `live` [1] int32 on hold masked
-tokens, which are of no consequence.
+tokens, which have no effect.
 """
 
 from __future__ import annotations

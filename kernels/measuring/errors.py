@@ -1,8 +1,8 @@
 """How far is an output from exact attention? A few query rows of each head tell, computed exactly.
 
-n rows of every head (`count`), one at random in each of n equal stretches: of the query order, so that all
-query blocks have their say, or where several orders are compared of the tokens, the same for all. The sums
-below estimate those over all rows without a bias.
+n rows of every head (`count`), one at random in each of n equal stretches: of the query order, so that every query
+block is represented; or, where several orders are compared, of the tokens, the same for all orders. The sums below
+are unbiased estimates of those over all rows.
 
     lost_h = sum_rows |o_r - o*_r|^2,   whole_h = sum_rows |o*_r|^2,   error = sqrt(sum_h lost / sum_h whole)
 
@@ -82,7 +82,7 @@ def output_error(
 def true_error(
     query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, out: Tensor, scale: float
 ) -> Tensor:
-    """output_error over all rows, exact attention in float32: as slow as a dense call, and slower.
+    """output_error over all rows, exact attention in float32: slower than a dense call.
 
     One head at a time: float32 copies of all of them would not fit beside a model.
     """

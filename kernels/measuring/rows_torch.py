@@ -1,11 +1,11 @@
 """What does a plan give a few queries of each head?
 
-A trial asks, of plans that compute no output. The queries of a head lie in any blocks; for each the joint
-softmax of kernels/plan.py, and the centroids' share of it:
+A trial asks this of plans that compute no output. The queries of a head lie in any blocks; for each the joint softmax
+of kernels/plan.py, and the centroids' share of it:
 
     share(q) = sum_j exp(s(q,kc_j) + bias_ij) / den(q)
 
-0 both for a query without any kept key or centroid.
+Both are 0 for a query without any kept key or centroid.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _CHUNK_BYTES = 2**28
 def planned_rows(query: Tensor, blocks: Tensor, plan: SparsePlan, scale: float) -> tuple[Tensor, Tensor]:
     """(out [B,H,n,D], share [B,H,n]), float32, of queries [B,H,n,D] in the query blocks [B,H,n] int64.
 
-    A few heads at a time: what is [n, L] for all heads at once would not fit beside a model.
+    A few heads at a time: matrices [n, L] for all heads at once would not fit beside a model.
     """
     B, H, n, _ = query.shape
     bias = torch.take_along_dim(plan.bias, blocks[..., None], dim=2)
