@@ -165,6 +165,17 @@ def test_a_pipeline_of_images_has_nothing_to_do() -> None:
     assert not any(module._compiled_call_impl for module in model.modules())
 
 
+@slow
+def test_modular_pipelines_list_their_arguments_in_their_blocks() -> None:
+    from diffusers import MiniMaxH3Blocks
+    from diffusers.modular_pipelines import FluxAutoBlocks
+
+    for blocks, name, how in ((MiniMaxH3Blocks, "minimax_h3", REGIONAL), (FluxAutoBlocks, "flux", LEFT)):
+        pipe = blocks().init_pipeline()
+        pipe.update_components(transformer=tiny_model(name))
+        assert hows(svg_ear_compile.enable(pipe)) == {"transformer": how}
+
+
 def test_what_cannot_be_enabled_says_what_to_do() -> None:
     for other in (ToyVideo(), types.SimpleNamespace(components={"vae": None}), 3):
         with pytest.raises(ValueError, match="pass a video pipeline of diffusers"):
