@@ -26,14 +26,17 @@ def covariances(
     found = key.new_zeros((B, len(heads), columns, D, D), dtype=torch.float32)
     for b in range(B):
         for i, h in enumerate(heads.tolist()):
-            sizes = offsets[b, h].diff()
-            block = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)
+            starts, sizes = offsets[b, h, :-1], offsets[b, h].diff()
+            place = torch.arange(int(sizes.max()), device=sizes.device)
+            inside = place < sizes[:, None]
+            slots = torch.where(inside, starts[:, None] + place, 0)
             k, v = (
-                (x[b, h, : len(block)].float() - centroids[b, h].float()[block]).split(sizes.tolist())
+                (x[b, h][slots].float() - centroids[b, h].float()[:, None]).masked_fill_(
+                    ~inside[..., None], 0
+                )
                 for x, centroids in ((key, key_centroids), (value, value_centroids))
             )
-            for j in range(len(sizes)):
-                torch.mm(k[j].mT, v[j], out=found[b, i, j])
+            torch.bmm(k.mT, v, out=found[b, i, : len(sizes)])
             found[b, i, : len(sizes)] /= sizes.clamp(min=1)[:, None, None]
     return found.nan_to_num_(0, 0, 0)
 
