@@ -4,6 +4,8 @@ A replay runs the recorded kernels on the recorded addresses, and no Python. So 
 - reads no tensor that an earlier call left: it may be gone or changed at the replay;
 - leaves no tensor: the next replay would overwrite it;
 - measures nothing, and does not rely on anything that the host read from a tensor.
+
+And nothing can be read from the device while a graph is recorded.
 """
 
 from __future__ import annotations

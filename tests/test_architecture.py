@@ -48,7 +48,7 @@ def test_arrows(name: str) -> None:
             "functional": {"ops", "planning", "reference", "constants"},
             "doctor": {"attention.choice"},
             "packed": {"blocks.places"},
-        }.get(stem, {"context"})
+        }.get(stem, {"context", "capture"})
         assert kernels <= {f"{PACKAGE}.kernels.{part}" for part in own}
     if name in SETTINGS:
         assert GRAPH[name] <= SETTINGS

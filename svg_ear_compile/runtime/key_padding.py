@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..compat import version
+from ..kernels.capture import is_recorded
 
 
 class MaskSource(NamedTuple):
@@ -58,7 +59,7 @@ def _key(args: tuple[Any, ...], source: MaskSource) -> Any:
     tensors = [args[i] for i in source.positions]
     if any(type(x) not in (Tensor, torch.nn.Parameter) or x.is_inference() for x in tensors):
         return None
-    if any(x.is_cuda for x in tensors) and torch.cuda.is_current_stream_capturing():
+    if any(is_recorded(x) for x in tensors):
         return None
     sizes = tuple(x for x in args if isinstance(x, int)) if source.sized else ()
     return source.function, sizes, tuple((id(x), version(x)) for x in tensors)

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from ..kernels.capture import is_recorded
 from .caller import Caller, timestep
 from .generations import Generation
 
@@ -124,7 +124,7 @@ def _fingerprint(caller: Caller) -> str | None:
     """A few numbers of each tensor that a model is called with. Waits for the device."""
     args, kwargs = caller.arguments
     tensors = [x.detach().reshape(-1) for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-    if not tensors or any(_is_recorded(x) for x in tensors):
+    if not tensors or any(is_recorded(x) for x in tensors):
         return None
     return str([x[:: max(1, x.numel() // SAMPLE)].tolist() for x in tensors])
 
@@ -143,7 +143,7 @@ def _is_schedule(x: Tensor) -> bool:
 
     Waits for the device.
     """
-    if _is_recorded(x):
+    if is_recorded(x):
         return False
     numbers = x.as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), 0).tolist()
     return numbers in (sorted(numbers), sorted(numbers, reverse=True)) and numbers[0] != numbers[-1]
@@ -152,10 +152,5 @@ def _is_schedule(x: Tensor) -> bool:
 def _largest(x: Any) -> float | None:
     """The timestep of a call; the largest if each token has its own. None if it cannot be read."""
     if isinstance(x, Tensor):
-        return None if _is_recorded(x) or not x.numel() else float(x.max())
+        return None if is_recorded(x) or not x.numel() else float(x.max())
     return float(x) if isinstance(x, (int, float)) else None
-
-
-def _is_recorded(x: Tensor) -> bool:
-    """Whether a CUDA graph is being recorded, during which nothing can be read from the device."""
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()

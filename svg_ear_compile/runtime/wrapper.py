@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import context
+from ..kernels.capture import is_recorded
 from ..kernels.context import Decisions, Memo, Results, RunContext, SiteDecision
 from ..passes.site import GraphInputs
 from ..reporting.records import GraphRecord
@@ -121,10 +122,9 @@ class SparseCallable:
         generation, calls = step_clock.tick(who, tuple(self._places.values()), settings.num_steps)
         video = None if plan.video is None else args[plan.video]
         shape = None if video is None else tuple(video.shape[1:])
-        device = next(x.device for x in args if isinstance(x, Tensor)) if video is None else video.device
-        is_cuda = device.type == "cuda"
-        frozen = is_cuda and torch.cuda.is_current_stream_capturing()
-        stream = torch.cuda.current_stream(device) if is_cuda else None
+        tensor = next(x for x in args if isinstance(x, Tensor)) if video is None else video
+        device, frozen = tensor.device, is_recorded(tensor)
+        stream = torch.cuda.current_stream(device) if tensor.is_cuda else None
         grid = packed = None
         if plan.packed is not None:
             packed = packed_rows(who, plan.packed, generation, calls, frozen)
