@@ -36,6 +36,22 @@ that the run used (`tests/models/test_plans.py`), with `inner="eager"`: `make te
     SVG_EAR_TEST_ALL_INDUCTOR=1 pytest tests/models/test_plans.py -k through_inductor
 """
 
+_WHY = """
+Why these are left as they are:
+
+- Latte attends within single frames, and along time at a single place: these sequences are short.
+- Kandinsky 6 SR was trained with a block mask of its own (NABLA), by which flex_attention skips already. To skip more
+  would be another model.
+- SkyReels-V2 with diffusion forcing and AnyFlow FAR attend causally over blocks of frames. The kernels keep or skip
+  whole blocks of keys; one that straddles two blocks of frames would need a mask for each token.
+- Cosmos 3 attends from the generated tokens alone to these and to text, with fewer heads of keys than of queries: not
+  the self attention that the ops compute. Its text attends causally.
+- Mochi picks its text by `nonzero`. With `torch._dynamo.config.capture_dynamic_output_shape_ops = True` it is one
+  graph, but no length in it is known when it is compiled.
+- WanAnimate 2 reads its frame grid from the device inside of each attention: a graph break between the projections and
+  the attention call.
+"""
+
 
 def page() -> str:
     sections = read()
@@ -57,7 +73,7 @@ def page() -> str:
     lines = [head, ["---"] * len(head), *rows]
     table = "\n".join("| " + " | ".join(row) + " |" for row in lines)
     reasons = "\n".join(dict.fromkeys(notes))
-    return f"{_HEAD}\n{table}\n\nWhat stays dense, and why:\n\n{reasons}\n{kept(PAGE.read_text())}"
+    return f"{_HEAD}\n{table}\n\nWhat stays dense, and why:\n\n{reasons}\n{_WHY}{kept(PAGE.read_text())}"
 
 
 def _graphs(section: list[str]) -> int:
