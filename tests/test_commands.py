@@ -146,7 +146,7 @@ def test_run_ends_as_the_script_does(tmp_path: Path, end: str, status: int, said
 def test_explain_rewrites_nothing(tmp_path: Path) -> None:
     done = svg_ear("explain", script(tmp_path, "model = torch.compile(model)"))
     assert done.returncode == 0, done.stderr
-    assert "2 of 4 would be rewritten, with 98.8% of the attention FLOPs" in done.stdout
+    assert "2 of 4 attention sites would be rewritten, with 98.8% of the attention FLOPs" in done.stdout
     assert "sparse, " not in done.stdout
     done = svg_ear("explain", script(tmp_path))
     assert done.returncode == 1

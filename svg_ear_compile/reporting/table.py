@@ -187,17 +187,15 @@ class Report:
 
     def _summary(self) -> list[str]:
         t = self.totals()
-        planned = t["flops_planned"] / t["flops_dense"] if t["flops_dense"] else 1.0
-        lines = [
-            f"{t['rewritten']} of {t['sites']} attention sites rewritten, with {t['coverage']:.1%} of the "
-            f"attention FLOPs; the plan computes {planned:.1%} of all FLOPs"
-        ]
+        count, coverage, verb = t["rewritten"], t["coverage"], "rewritten"
         would = [s.flops_dense for s in self.sites if s.decision.reason == "REPORT_ONLY"]
         if would:
-            share = sum(would) / t["flops_dense"]
-            lines = [
-                f"{len(would)} of {t['sites']} would be rewritten, with {share:.1%} of the attention FLOPs"
-            ]
+            count, coverage, verb = len(would), sum(would) / t["flops_dense"], "would be rewritten"
+        lines = [
+            f"{count} of {t['sites']} attention sites {verb}, with {coverage:.1%} of the attention FLOPs"
+        ]
+        if any(s.planned_density is not None for s in self.sites):
+            lines[0] += f"; the plan computes {t['flops_planned'] / t['flops_dense']:.1%} of all FLOPs"
         others = dict.fromkeys(name for graph in self.graphs for name in graph.other_attention)
         lines += [f"left as it is: {name}" for name in others]
         hints = {d.sentence.split(" (")[0]: d.hint for d in (s.decision for s in self.sites) if d.hint}

@@ -20,8 +20,22 @@ def test_identical_layers_are_one_row() -> None:
     assert "blocks.*.attn1" in text
     assert "blocks.30.attn1" in text
     assert "30 of 31 attention sites rewritten, with 96.8% of the attention FLOPs" in text
+    assert "the plan computes" not in text, "the density follows from errors"
     assert "too few tokens: lower min_tokens" in text
     assert "calls of rewritten sites" not in text
+
+
+def test_a_fixed_density_says_what_the_plan_computes() -> None:
+    text = str(report([graph(site(), options={"density": 0.25})]))
+    assert (
+        "1 of 1 attention sites rewritten, with 100.0% of the attention FLOPs; the plan computes 25.0%"
+        in text
+    )
+
+
+def test_report_only_says_what_would_be_rewritten() -> None:
+    text = str(report([graph(site(0, "REPORT_ONLY"), site(1, "CROSS"))]))
+    assert "1 of 2 attention sites would be rewritten, with 50.0% of the attention FLOPs" in text
 
 
 def test_run_time_counts() -> None:
