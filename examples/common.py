@@ -59,7 +59,11 @@ def start(doc: str | None, tiny: str, repository: str, **loading: Any) -> Run:
 
         made = getattr(tiny_others, tiny)() if hasattr(tiny_others, tiny) else parts.build(tiny)
         return Run(name, made.pipe, torch.device("cpu"), made.arguments, {"min_tokens": 64, "inner": "eager"})
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, ModularPipeline
 
-    pipe = DiffusionPipeline.from_pretrained(repository, torch_dtype=torch.bfloat16, **loading)
+    if "workflow" in loading:
+        pipe = ModularPipeline.from_pretrained(repository, **loading)
+        pipe.load_components(dtype=torch.bfloat16)
+    else:
+        pipe = DiffusionPipeline.from_pretrained(repository, torch_dtype=torch.bfloat16, **loading)
     return Run(name, pipe, torch.device("cuda"), None, {})

@@ -76,7 +76,7 @@ def test_unmodified(tmp_path: Path) -> None:
 
 TINY = {
     "wan_t2v": 1, "wan_i2v": 1, "wan22": 2, "hunyuan_video": 1, "cogvideox": 1, "ltx2": 1, "lora": 1, "offload": 1,
-    "cache": 1, "own_loop": 1,
+    "cache": 1, "own_loop": 1, "minimax_h3": 1,
 }  # fmt: skip
 """How many models of each are compiled."""
 

@@ -1,10 +1,11 @@
-"""More tiny pipelines, which only examples run: one of video with sound, one of images. Text comes as embeddings."""
+"""More tiny pipelines: two of video with sound, one of images. Text comes as embeddings."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from models.tiny import build
 from models.tiny_parts import noise
 from pipelines.tiny import CHANNELS, TEXT, WIDTH, Tiny
 
@@ -78,3 +79,23 @@ def flux() -> Tiny:
         "width": 64,
     }
     return Tiny(pipe, {**call, "output_type": "latent"})
+
+
+def minimax_h3() -> Tiny:
+    """The blocks of its modular pipeline after the encoders, with a keyframe at each end: 37 frames of 2 x 3 tokens."""
+    from diffusers import MiniMaxH3Scheduler
+    from diffusers.modular_pipelines.minimax_h3 import modular_blocks_minimax_h3 as blocks
+
+    pipe = blocks.MiniMaxH3FL2VACoreDenoiseStep().init_pipeline()
+    schedulers = {
+        "scheduler": MiniMaxH3Scheduler(shift=12.0),
+        "audio_scheduler": MiniMaxH3Scheduler(shift=3.0),
+    }
+    pipe.update_components(transformer=build("minimax_h3")[0], **schedulers)
+    pipe.set_progress_bar_config(disable=True)
+    call = {
+        "prompt_embeds": noise(1, TEXT, WIDTH), "text_token_tags": torch.ones(TEXT),
+        "condition_latents": [noise(1, 24, 1, 4, 6) for _ in range(2)], "keyframe_anchors": ("first", "last"),
+        "num_frames": 124, "height": 64, "width": 96, "output": "latents",
+    }  # fmt: skip
+    return Tiny(pipe, call)
