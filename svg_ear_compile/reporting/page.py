@@ -182,7 +182,7 @@ def _time(time: Mapping[str, Any]) -> Iterable[str]:
     passes, inner = time["passes_seconds"], time["compiling_seconds"]
     yield f"<p>Compiling: {passes:.2f} s in our passes, {inner:.1f} s in Inductor.</p>"
     if time["steps"]:
-        yield "<p>Seconds per step, from the second on, as the host saw them; grey: dense.</p>"
+        yield "<p>Seconds per step, from the second on, as the host saw them. Grey: dense, often with trials.</p>"
         yield bars([(step["step"] + 1, step["seconds"], step["sparse"] > 0.5) for step in time["steps"]])
 
 

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 import torch
 from reporting.by_hand import graph, log, site
 
-from svg_ear_compile.kernels.context import SiteTotals
+from svg_ear_compile.kernels.context import Measure, SiteTotals
 from svg_ear_compile.reporting import GraphRecord, Report, report
 from svg_ear_compile.runtime.density import Decision
 
@@ -106,10 +107,21 @@ def test_it_says_what_the_json_says() -> None:
     assert (time["dense_step_seconds"], time["sparse_step_seconds"]) == pytest.approx((4, 2))
     assert "seconds for a sparse step; 4 for a dense one (2.00x)" in text
     assert "lower min_tokens" in text
+    assert not any(step["trials"] for step in time["steps"])
     assert "target_error 0.04 options" in text
     assert torch.__version__ in text
     assert data["versions"]["torch"] == torch.__version__
     assert data["peak_memory_gib"]["process"] > 0.05
+
+
+def test_a_step_of_trials_does_not_count_as_a_dense_one() -> None:
+    found, trial = record(), Decision("step 2 of 2", measure=Measure(0, (0.15, 0.45)))
+    found.count({0: "warm-up steps"}, 1, [replace(log(0, 1, trial), end=14.0)])
+    shown = report([found])
+    time = json.loads(shown.to_json())["time"]
+    assert [step["trials"] for step in time["steps"]] == [True, False, False, False, False]
+    assert (time["dense_step_seconds"], time["sparse_step_seconds"]) == (None, pytest.approx(2))
+    assert "for a dense one" not in shown.to_html()
 
 
 def test_the_maps_have_a_cell_for_each_call() -> None:
