@@ -60,6 +60,8 @@ def find_evidence(
     """axis: the tokens of the query. video_tokens: how many of them are not text."""
     if layout.packed:
         return Evidence(Answer.VIDEO, f"the rows that {layout.packed[0]} names", frames_may_change=True)
+    if _packed_names(call):
+        return Evidence(Answer.NOT_VIDEO, "no positions come with them, as with text that is refined")
     named = _other_name(call)
     if named is not None:
         return Evidence(Answer.UNKNOWN, f"{named} may be about text or images")
@@ -131,16 +133,19 @@ def _from_class(call: AttentionNode) -> Evidence | None:
 
 def packed_layout(call: AttentionNode) -> Layout | None:
     """The layout of a site of a packed sequence; None if it is not known to be one."""
-    texts = (*call.module_classes, call.source_files)
-    packed = next((PACKED[name] for name in PACKED if any(f"{name}." in text for text in texts)), None)
+    names = _packed_names(call)
     placeholders = call.node.graph.find_nodes(op="placeholder")
-    # Blocks of the same class that refine text get no positions.
     has_positions = any(is_activation(node) and POSITIONS.search(last_key(node)) for node in placeholders)
-    if packed is None or _other_name(call) is not None or not has_positions:
+    if names is None or _other_name(call) is not None or not has_positions:
         return None
-    rows, positions = packed
+    rows, positions = names
     words = f"all rows but {rows}"
-    return Layout(text_source=words, grid_source=f"{positions} of a call", packed=packed)
+    return Layout(text_source=words, grid_source=f"{positions} of a call", packed=names)
+
+
+def _packed_names(call: AttentionNode) -> tuple[str, str] | None:
+    texts = (*call.module_classes, call.source_files)
+    return next((PACKED[name] for name in PACKED if any(f"{name}." in text for text in texts)), None)
 
 
 def _other_name(call: AttentionNode) -> str | None:
