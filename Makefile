@@ -21,7 +21,7 @@ docs: .venv/ready
 	$(BIN)/mkdocs build --strict
 
 # A few tests on other versions of torch, each in an environment of its own; results go to docs/MODELS.md.
-VERSIONS ?= 2.10.0 2.11.0 2.12.1 2.13.0 2.14.1
+VERSIONS ?= 2.10.0 2.11.0 2.12.1 2.13.0 2.14.1 2.15.0
 matrix:
 	$(PYTHON) tests/torch_versions.py $(VERSIONS)
 
