@@ -216,18 +216,23 @@ def test_threads_in_one_model_keep_their_own_steps() -> None:
 
 
 def test_looking_takes_at_most_20_microseconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The best of many: what else runs on the machine is not our cost."""
+    """The best of many: what else runs on the machine is not our cost. Of a core that adds up 1,000 numbers in 10
+    microseconds, as one of 3 GHz does: on slower ones it may take as much longer as that takes there."""
     taken: list[float] = []
+    adding: list[float] = []
 
     def timed() -> Caller:
         for _ in range(10):
             begin = time.perf_counter()
             found = caller()
             taken.append(time.perf_counter() - begin)
+            begin = time.perf_counter()
+            sum(range(1000))
+            adding.append(time.perf_counter() - begin)
         return found
 
     monkeypatch.setattr(wrapper, "caller", timed)
     generate(wan(), 15)
     assert logged() == [expected(range(15), 2)]
     assert len(taken) == 10 * 2 * 15
-    assert min(taken) < 20e-6
+    assert min(taken) < 20e-6 * max(min(adding) / 10e-6, 1)
