@@ -30,13 +30,13 @@ def is_dense(query: Tensor, c: SiteConstants) -> bool:
     if call.decisions.of(c).dense:
         return True
     found = call.results.dense
-    if c.site not in found and (reason := _unfit(query, c, call.decisions)):
+    if c.site not in found and (reason := unfit(query, c, call.decisions)):
         found[c.site] = reason
     return c.site in found
 
 
-def _unfit(query: Tensor, c: SiteConstants, decisions: context.Decisions) -> str:
-    """Why a call cannot be sparse, as the report says it; "" if it can."""
+def unfit(query: Tensor, c: SiteConstants, decisions: context.Decisions) -> str:
+    """Why a call with these queries [B,H,L,D] cannot be sparse, as the report says it; "" if it can."""
     if not c.packed:
         return c.too_small(query, decisions.grid[0] if decisions.grid else None)
     if decisions.packed is None or decisions.packed.length != query.shape[2]:

@@ -12,7 +12,7 @@ from svg_ear_compile.exceptions import SiteError
 from .. import capture, context, planning
 from ..constants import OWN_CALL, SiteConstants
 from ..dense import drop_noop_mask
-from ..fallback import warn_once
+from ..fallback import unfit, warn_once
 from ..plan import SparsePlan
 from . import errors as measure
 
@@ -55,7 +55,8 @@ def measure_dense(out: Tensor, c: SiteConstants, trial: Callable[[Tensor, Tensor
     request = call.decisions.of(c).measure
     if request is None or not request.densities or capture.is_recorded(out):
         return
-    if c.site in call.results.dense:  # where a sparse call failed, a trial would only fail once more
+    # Where a sparse call failed, a trial would only fail once more. For a call that cannot be sparse it is of no use.
+    if c.site in call.results.dense or unfit(out, c, call.decisions):
         return
     seed = request.seed
 

@@ -20,6 +20,9 @@ from ..kernels.blocks.places import Grid, Packed, Places
 from .caller import Caller, argument
 from .generations import Generation, ModelCalls
 
+MOST_GRIDS = 64
+"""A request has a clip, its keyframes and some references: a dozen or two."""
+
 
 def packed_rows(
     who: Caller, names: tuple[str, str], generation: Generation, calls: ModelCalls, frozen: bool
@@ -69,7 +72,7 @@ def find_grids(positions: Tensor) -> tuple[Grid, ...]:
     """The frame grids of rows at positions [n,3] (time, height, width), one video after another; () if they form none.
 
     A frame is a stretch of one time, row by row from left to right. Frames of the same rows and columns whose times
-    increase are one video.
+    increase are one video. Rows that would fall into more than MOST_GRIDS lie in another order.
     """
     time, places = positions[:, 0], positions[:, 1:]
     step = places[1:] - places[:-1]
@@ -89,6 +92,8 @@ def find_grids(positions: Tensor) -> tuple[Grid, ...]:
             grids[-1] = (grids[-1][0] + 1, *grids[-1][1:])
         else:
             grids.append((1, len(rows), width))
+            if len(grids) > MOST_GRIDS:
+                return ()
         last, before = frame, now
     return tuple(grids)
 

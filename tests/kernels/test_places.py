@@ -125,3 +125,17 @@ def test_a_single_image_is_no_video() -> None:
     with context.active(call := call_of(rows)):
         attention(*qkv(), None, *c)
     assert call.results.dense == {0: "one frame"}
+
+
+@pytest.mark.parametrize(("rows", "tried"), [(None, False), (packed(), True)], ids=["unknown", "known"])
+def test_a_dense_call_tries_nothing_where_it_could_not_be_sparse(
+    rows: places.Packed | None, tried: bool
+) -> None:
+    c = constants("auto", False, 1)._replace(num_text=0, grid=[], packed=True)
+    trial = context.Measure(0, (0.3,), ("cubes", "splits"))
+    decisions = context.Decisions(
+        {0: context.SiteDecision("warm-up", measure=trial)}, packed=rows, strict=True
+    )
+    with context.active(call := context.RunContext(decisions)):
+        attention(*qkv(), None, *c)
+    assert bool(call.results.measured) == tried

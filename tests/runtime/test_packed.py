@@ -47,6 +47,13 @@ def test_rows_that_form_no_grid() -> None:
     assert packed.find_grids(rows) == (), "a row that is not straight"
 
 
+def test_rows_column_by_column_form_no_grid() -> None:
+    """Each column would be a grid of its own, and each grid has an order of its own to be made."""
+    rows = positions((list(range(9)), list(range(8)), list(range(8)))).view(9, 8, 8, 3)
+    assert packed.find_grids(rows.reshape(-1, 3)) == ((9, 8, 8),)
+    assert packed.find_grids(rows.transpose(1, 2).reshape(-1, 3)) == ()
+
+
 @pytest.mark.parametrize("video", [[0, 0, 1], [-1, 0, 1], [0, 1, 40], []])
 def test_what_is_no_list_of_rows(video: list[int]) -> None:
     assert packed.read(torch.tensor(video, dtype=torch.int64), torch.zeros(20, 3)) is None
