@@ -126,6 +126,7 @@ def test_tiny_on_two_ranks(tmp_path: Path) -> None:
     done = run_tiny("ulysses", tmp_path, "-m", "torch.distributed.run", "--nproc-per-node", "2")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("block by block") == 1, "one rank speaks"
+    assert done.stdout.count("median error") == 1, "of all"
     assert sparse_calls(done.stdout) > 0
 
 

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from torch import fx
 
 from .. import compat
+from .ranks import own_path
 from .records import GraphRecord
 from .table import Report, report
 
@@ -120,7 +121,7 @@ def _write(path: str, strict: bool) -> None:
     """Writes the report on all graphs now, and again at exit, when it holds the counts of the run."""
     if not _paths:
         atexit.register(_write_all)
-    _paths.add(path)
+    _paths.add(own_path(path))
     _write_all(strict)
 
 

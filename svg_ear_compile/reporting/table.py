@@ -14,7 +14,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from . import accuracy, machine, steps
+from . import accuracy, machine, ranks, steps
 from .accuracy import CallError
 from .page import page
 from .records import GraphRecord, SiteRecord, live_records
@@ -94,6 +94,11 @@ class Report:
 
     def print_errors(self) -> None:
         print(accuracy.table(self.errors()))
+
+    def print_ranks(self) -> None:
+        """Prints a row for each rank of a distributed run, on rank 0. All ranks have to call it (ranks.py)."""
+        if totals := ranks.gathered(self.totals()):
+            print(ranks.table(totals))
 
     def data(self) -> dict[str, Any]:
         """The report as JSON has it. `schema` increases whenever a key goes away or changes its meaning."""

@@ -1,4 +1,4 @@
-"""One of two processes that run diffusers' models together: `python two_ranks.py RANK FOLDER [cuda]`.
+"""One of two processes that run diffusers' models together: `python two_ranks.py RANK FOLDER DEVICE [RUN...]`.
 
 Writes FOLDER/RANK.pt: by the name of a run, its figures (test_two_ranks.py and tests/gpu/test_two_gpus.py say what they
 must be). All runs are in one process, since importing torch and diffusers takes longer than they do.
@@ -6,10 +6,12 @@ must be). All runs are in one process, since importing torch and diffusers takes
 
 from __future__ import annotations
 
+import contextlib
+import io
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +31,9 @@ import svg_ear_compile
 from svg_ear_compile.kernels import planning, reference
 from svg_ear_compile.kernels.blocks.cubes import cubes
 from svg_ear_compile.reporting import Report
+from svg_ear_compile.reporting.ranks import own_path
 
-DEVICE = "cuda" if "cuda" in sys.argv[3:] else "cpu"
+DEVICE = sys.argv[3]
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 GRID = (3, 16, 16)
 """768 tokens, of which each rank has a frame and a half."""
@@ -158,7 +161,16 @@ def when_one_rank_cannot_rewrite(patch: pytest.MonkeyPatch) -> Figures:
     return {"off": off(got, alone("wan")), "sparse_calls": report.totals()["sparse_calls"]}
 
 
-def main(rank: int, folder: Path) -> None:
+def spread_over_ranks() -> Figures:
+    """What rank 0 prints of all ranks, and where each would write a report."""
+    _, report = together("wan", "regional", SPARSE)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        report.print_ranks()
+    return {"said": said.getvalue(), "path": own_path("out/report.html")}
+
+
+def main(rank: int, folder: Path, names: Sequence[str]) -> None:
     if DEVICE == "cuda":
         torch.cuda.set_device(rank)
     dist.init_process_group(
@@ -175,9 +187,10 @@ def main(rank: int, folder: Path) -> None:
         "wan FSDP2 1.0": lambda _: fully_sharded(),
         "one rank fails": when_one_rank_fails,
         "one rank cannot rewrite": when_one_rank_cannot_rewrite,
+        "spread": lambda _: spread_over_ranks(),
     }
     found = {}
-    for name, run in runs.items():
+    for name, run in runs.items() if not names else [(name, runs[name]) for name in names]:
         began = time.monotonic()
         torch._dynamo.reset()
         with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
@@ -188,4 +201,4 @@ def main(rank: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[4:])

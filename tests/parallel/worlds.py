@@ -24,13 +24,13 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 Figures = dict[str, Any]
 
 
-def two_processes(folder: Path, device: str = "cpu") -> list[dict[str, Figures]]:
-    """By rank, what two_ranks.py found."""
+def two_processes(folder: Path, device: str = "cpu", *runs: str) -> list[dict[str, Figures]]:
+    """By rank, what two_ranks.py found. runs: names of some of its runs; none: all."""
     script = Path(__file__).with_name("two_ranks.py")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SVG_EAR")}
     processes = [
         subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(folder), device],
+            [sys.executable, str(script), str(rank), str(folder), device, *runs],
             env=environment | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for rank in range(2)
