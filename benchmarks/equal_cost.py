@@ -151,7 +151,7 @@ def summary(rows: Sequence[Compared], style: str = "simple") -> str:
         cells.append(
             [
                 level,
-                *(mean(lambda r, w=w: _less(r.psnr, r.fixed.get(w))) for w in warm_ups),  # type: ignore[misc]
+                *(mean(lambda r, w=w: _less(r.psnr, r.fixed.get(w))) for w in warm_ups),
                 min((r.margin for r in own if r.margin is not None), default=None),
                 mean(lambda r: r.gain), mean(lambda r: r.within()), mean(lambda r: r.within(0.0)),
             ]

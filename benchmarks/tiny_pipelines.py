@@ -21,7 +21,7 @@ COMPRESSION = 8
 """What a pipeline without a VAE takes its VAE to shrink heights and widths by."""
 
 
-class Flow(diffusers.FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
+class Flow(diffusers.FlowMatchEulerDiscreteScheduler):
     """Euler steps of a flow, with the two members that CogVideoXPipeline asks of a scheduler besides."""
 
     init_noise_sigma = 1.0

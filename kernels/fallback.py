@@ -59,7 +59,7 @@ def sparse_or_dense(
         if not is_dense(query, c):
             try:
                 return sparse()
-            except Exception as error:
+            except Exception as error:  # whatever it was, dense attention is still right
                 # After a CUDA error every further call fails too: falling back would only hide its origin.
                 if isinstance(error, torch.AcceleratorError) or not (alone or context.inside()):
                     raise

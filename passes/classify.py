@@ -85,12 +85,12 @@ def _site(
     is_named = named(call.module_path, settings.sites)
     obstacle = None if is_named else _other_tokens(call, kind, q[2])
     obstacle = obstacle or _obstacle(call, kind, bad_mask, mask)
-    if obstacle is None and layout is None:
-        obstacle = Verdict(False, Reason.SPLIT_TEXT)
+    if layout is None:
+        return _make(index, call, kind, mask, obstacle or Verdict(False, Reason.SPLIT_TEXT), Layout())
     if obstacle is None and kind == "unknown" and not is_named:
         obstacle = _lost_tokens(call, (q[2], k[2], v[2]))
-    if obstacle is not None or layout is None:
-        return _make(index, call, kind, mask, obstacle, layout or Layout())  # type: ignore[arg-type]
+    if obstacle is not None:
+        return _make(index, call, kind, mask, obstacle, layout)
 
     tokens = axis_size(q[2]) - layout.text_hint
     if is_named:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .layout import is_packed_video, video_parts
+from .layout import is_clip, video_parts
 from .match import AttentionNode
 from .provenance.axes import Atom, Axis, Part
 from .rotary import grid_from_rotary, is_sequence
@@ -77,9 +77,9 @@ def find_evidence(
 def _from_shapes(axis: Axis, layout: Layout, any_length: bool) -> Evidence | None:
     """From the dimensions of the inputs that the tokens come from, and a grid that is known from them."""
     parts = video_parts(axis)
-    clips = [part for part in parts if is_packed_video(part)]
+    clips = [part for part in parts if is_clip(part)]
     if clips:
-        name = last_key(next(atom.root for atom in clips[0] if _rank(atom) == 5))  # type: ignore[arg-type]
+        name = next(last_key(atom.root) for atom in clips[0] if atom.root is not None and _rank(atom) == 5)
         may_change = any_length and layout.grid is not None and isinstance(layout.grid[0], Extent)
         if not may_change and sum(map(_frames, clips)) < 2:
             return Evidence(Answer.NOT_VIDEO, f"one frame of a 5-D input, {name}")
@@ -89,7 +89,7 @@ def _from_shapes(axis: Axis, layout: Layout, any_length: bool) -> Evidence | Non
             if _rank(atom) == 5:
                 return Evidence(Answer.NOT_VIDEO, "a part of the dimensions of a 5-D input")
             if _rank(atom) == 4 and is_activation(atom.root) and (len(part) > 1 or atom.root_dim < 0):
-                return Evidence(Answer.NOT_VIDEO, f"pixels of a 4-D input, {last_key(atom.root)}")  # type: ignore
+                return Evidence(Answer.NOT_VIDEO, f"pixels of a 4-D input, {last_key(atom.root)}")
     if layout.grid is not None and layout.grid[0] == 1:
         return Evidence(Answer.NOT_VIDEO, f"one frame in its {layout.grid_source}")
     return None

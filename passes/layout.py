@@ -2,7 +2,7 @@
 
 Both are read off the token axis of the query (provenance/). Parts that come from encoder_hidden_states or the like are
 text. A video part of three atoms is a grid (frames, height, width), because a reshape merged exactly these three
-dimensions, whatever the patch embedding was. Graphs of single blocks get packed tokens: there the grid is not in the
+dimensions, whatever the patch embedding was. Graphs of single blocks get flattened tokens: there the grid is not in the
 graph, and the host reads it off the rotary tables (rotary.py).
 """
 
@@ -23,7 +23,7 @@ from .sources import TEXT, is_activation, last_key
 
 def video_parts(axis: Axis) -> list[Part]:
     """The parts of a token axis that are certainly video; if there are none, the longest part that is not text."""
-    certain = [part for part in axis if is_packed_video(part)]
+    certain = [part for part in axis if is_clip(part)]
     if certain:
         return certain
     others = [part for part in axis if not _is_text(part)]
@@ -31,7 +31,7 @@ def video_parts(axis: Axis) -> list[Part]:
     return [max(rooted or others, key=part_size)] if others else []
 
 
-def is_packed_video(part: Part) -> bool:
+def is_clip(part: Part) -> bool:
     """Whether a part stems from a 5-D input and spans more than one frame's worth of its dimensions."""
     from_video = any(atom.root is not None and len(shape(atom.root) or ()) == 5 for atom in part)
     return from_video and len(part) != 2 and (len(part) > 2 or part[0].root_dim < 0)
@@ -40,7 +40,7 @@ def is_packed_video(part: Part) -> bool:
 def is_factorised(axis: Axis) -> bool:
     """Whether tokens of a video are attended frame by frame, or along one dimension only."""
     return any(
-        atom.root is not None and len(shape(atom.root) or ()) == 5 and not is_packed_video(part)
+        atom.root is not None and len(shape(atom.root) or ()) == 5 and not is_clip(part)
         for part in axis
         for atom in part
     )
@@ -134,7 +134,7 @@ def _grid(axes: Axes, part: Part) -> tuple[tuple[int | Extent, int | Extent, int
             continue
         lengths = [_length([(atom,)]) for atom in kept]
         if len(lengths) == 2 and source == "shapes" and len(shape(kept[0].root) or ()) > 3:
-            lengths.insert(0, 1)  # an image; two dimensions of packed tokens may be anything
+            lengths.insert(0, 1)  # an image; two dimensions of flattened tokens may be anything
         if len(lengths) == 3 and None not in lengths:
             root = kept[-1].root
             where = f"{source} of {last_key(root)}" if root is not None and source == "shapes" else source

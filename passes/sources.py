@@ -14,6 +14,7 @@ import ast
 import linecache
 import re
 from functools import lru_cache
+from typing import TypeGuard
 
 from torch import fx, nn
 
@@ -63,7 +64,7 @@ def is_weight(node: fx.Node) -> bool:
     return is_parameter(node) and "_buffers" not in source_name(node)
 
 
-def is_activation(node: fx.Node | None) -> bool:
+def is_activation(node: fx.Node | None) -> TypeGuard[fx.Node]:
     """A tensor that the caller passes in."""
     return node is not None and node.op == "placeholder" and is_tensor(node) and not is_parameter(node)
 

@@ -64,7 +64,7 @@ def _why_not_gluon(triton_version: str) -> str:
         known = " to ".join(".".join(map(str, x)) for x in GLUON_VERSIONS)
         return f"the faster kernel was written for Triton {known}, this is {triton_version}"
     try:
-        from . import hopper  # noqa: F401
+        from . import hopper  # noqa: F401 - only whether it can be imported
     except ImportError as error:
         return f"the faster kernel cannot be imported with Triton {triton_version}: {error}"
     return ""
