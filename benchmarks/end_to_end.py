@@ -2,16 +2,19 @@
 
     python benchmarks/end_to_end.py wan14b [--steps 10] [--density .15 | --quality high] [--json PATH]
     python benchmarks/end_to_end.py wan14b --width 832 --height 480 --frames 33 --density 1
+    python benchmarks/end_to_end.py wan1b --with fp8 [--dense-steps-timed 10]
 
 The transformer has its published configuration and random weights, bfloat16 but for the modules that diffusers
-keeps in fp32. Text comes as random embeddings, latents are what leaves. `compile_repeated_blocks` compiles, and
-svg_ear is told nothing but the density or quality that is named here.
+keeps in fp32. Text comes as random embeddings, latents are what leaves. Blocks are compiled one by one where
+diffusers names them, and svg_ear is told nothing but the density or quality that is named here. --with: something
+that users combine it with (end_to_end_stacks.py); plain Inductor runs with it, too.
 
-Plain Inductor runs the first steps of the schedule, the first of them to compile. svg_ear begins a generation
-to compile, which is stopped, and then runs a whole one. Times lie between CUDA events at the ends of steps.
-"difference": of the latents after a step that both ran, over how far plain Inductor has moved them by then;
-rounding as long as all steps were dense, and with --density 1. Random weights say nothing about quality: they
-attend nearly alike to all tokens, and the default may find that sparsity would not pay.
+Each begins a generation to compile, which is stopped. Then plain Inductor runs the first steps of one, svg_ear a
+whole one. Times lie between CUDA events at the ends of steps. "difference": of the latents after a step that both
+ran, over how far plain Inductor has moved them by then; rounding as long as all steps were dense, and with
+--density 1. "published steps": the published number of them, the first tenth dense, calculated from the measured
+steps. Random weights say nothing about quality: they attend nearly alike to all tokens, and the default may find
+that sparsity would not pay. Compile times are cold: nothing comes from a cache, --warm measures them with caches.
 
 Checked, with exit status 1: latents are finite, svg_ear compiles no more often than plain Inductor, and no
 step takes LONGEST times what is usual for its kind (dense: with plain Inductor; sparse: in the median).
@@ -32,10 +35,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from end_to_end_models import MODELS, TINY_SIZE, build
+from end_to_end_models import MODELS, TINY_SIZE, Watched, build
+from end_to_end_stacks import STACKS
 from tabulate import tabulate
+from timing import groups
 from torch import Tensor
 from torch._dynamo.utils import clear_compilation_metrics, get_compilation_metrics
+from torch.profiler import ProfilerActivity, profile
 
 import svg_ear_compile
 from svg_ear_compile.presets import QUALITY
@@ -48,7 +54,7 @@ class Run:
     """One generation, or its beginning. seconds: of each step; wall: of all of it, by the host's clock.
 
     compile_seconds, recompiles: of what Dynamo compiled meanwhile; peak: bytes, None on a CPU. early: the
-    latents after each of the first steps.
+    latents after each of the first steps. kernels: of the last step, by group, if it was profiled.
     """
 
     seconds: list[float]
@@ -58,6 +64,7 @@ class Run:
     peak: int | None
     finite: bool
     early: list[Tensor]
+    kernels: list[dict[str, Any]]
 
 
 class Clock:
@@ -82,17 +89,35 @@ class Clock:
         return [a.elapsed_time(b) / 1e3 for a, b in zip(self.marks, self.marks[1:], strict=False)]
 
 
-def generate(pipe: Any, told: dict[str, Any], args: argparse.Namespace, steps: int | None = None) -> Run:
-    """steps: it is stopped after so many; None: whole."""
+def generate(
+    pipe: Any,
+    told: dict[str, Any],
+    args: argparse.Namespace,
+    steps: int | None = None,
+    profiled: bool = False,
+) -> Run:
+    """steps: it is stopped after so many; None: whole. profiled: the kernels of the last step are."""
     clock, early = Clock(args.device), []
+    profiler = profile(activities=[ProfilerActivity.CUDA])
 
-    def end_of_step(pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def at_end(step: int, latents: Tensor) -> None:
         clock.mark()
-        if step < args.dense_steps_timed + 1:
-            early.append(tensors["latents"].clone())
+        if step < args.dense_steps_timed:
+            early.append(latents.clone())
         if steps is not None and step + 1 == steps:
             pipe._interrupt = True
+        if profiled and step + 2 == args.steps:
+            torch.cuda.synchronize()
+            profiler.start()
+
+    def end_of_step(pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        at_end(step, tensors["latents"])
         return tensors
+
+    if isinstance(pipe.scheduler, Watched):
+        pipe.scheduler.at_end = at_end
+    else:
+        told = {**told, "callback_on_step_end": end_of_step}
 
     clear_compilation_metrics()
     if clock.is_cuda:
@@ -100,19 +125,28 @@ def generate(pipe: Any, told: dict[str, Any], args: argparse.Namespace, steps: i
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     clock.mark()
-    latents = pipe(**told, callback_on_step_end=end_of_step).frames
+    latents = pipe(**told).frames
     seconds, metrics = clock.seconds(), get_compilation_metrics()
+    if profiled:
+        profiler.stop()
     return Run(
         seconds, time.perf_counter() - start, sum(m.entire_frame_compile_time_s or 0.0 for m in metrics),
         [m.recompile_reason for m in metrics if m.recompile_reason],
         torch.cuda.max_memory_allocated() if clock.is_cuda else None, bool(latents.isfinite().all()), early,
+        groups(profiler.events()) if profiled else [],
     )  # fmt: skip
 
 
-def compile_blocks(pipe: Any, backend: str, options: dict[str, Any] | None) -> None:
+def compile_pipeline(pipe: Any, backend: str, options: dict[str, Any] | None, fullgraph: bool) -> None:
+    """Its transformers block by block where diffusers names repeated blocks, else as a whole: as `enable` does it."""
     torch._dynamo.reset()
     gc.collect()
-    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend=backend, options=options)
+    for name in ("transformer", "transformer_2"):
+        model = pipe.components.get(name)
+        if model is not None and model._repeated_blocks:
+            model.compile_repeated_blocks(fullgraph=fullgraph, backend=backend, options=options)
+        elif model is not None:
+            model.compile(fullgraph=fullgraph, backend=backend, options=options)
 
 
 def svg_ear_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -144,42 +178,52 @@ def differences(run: Run, dense: Run, start: Tensor) -> list[float]:
     return [((own - other).norm() / (other - start).norm()).item() for own, other in pairs]
 
 
-def summary(dense: Run, warm_up: Run, run: Run, rows: list[dict[str, Any]], start: Tensor) -> dict[str, Any]:
+def summary(
+    runs: dict[str, Run], rows: list[dict[str, Any]], args: argparse.Namespace, start: Tensor
+) -> dict[str, Any]:
     """Seconds of steps, what they cost more than usual, memory, compile times and what was checked."""
-    dense_step = statistics.median(dense.seconds[1:])
+    first, dense, warm_up, run = runs.values()
+    dense_step = statistics.median(dense.seconds)
     kinds: dict[str, list[float]] = {"dense": [], "sparse": [], "mixed": []}
-    for row in rows:
+    for row in rows[: -1 if run.kernels else None]:
         kinds["mixed" if row["sparse"] and row["dense"] else "sparse" if row["sparse"] else "dense"].append(
             row["seconds"]
         )
     medians = {kind: statistics.median(times) for kind, times in kinds.items() if times}
     usual = {**medians, "dense": dense_step}
     longest = {kind: max(times) / usual[kind] for kind, times in kinds.items() if times}
+    whole = sum(dense.seconds) if len(dense.seconds) == len(rows) else dense_step * len(rows)
     recompiled = len(warm_up.recompiles + run.recompiles)
+    sparse = medians.get("sparse")
+    published = MODELS[args.model].steps
+    warm = math.ceil(published / 10)
     return {
         "dense step, Inductor": dense_step,
         **{f"{kind} step, svg_ear": seconds for kind, seconds in medians.items()},
-        "generation, Inductor (steps x median)": dense_step * len(rows),
+        "generation, Inductor": whole,
         "generation, svg_ear": sum(run.seconds),
-        "speedup of the generation": dense_step * len(rows) / sum(run.seconds),
-        "speedup of a sparse step": dense_step / medians["sparse"] if "sparse" in medians else None,
+        "speedup of the generation": whole / sum(run.seconds),
+        "speedup of a sparse step": dense_step / sparse if sparse else None,
+        f"speedup of {published} published steps": published * dense_step
+        / (warm * medians.get("dense", dense_step) + (published - warm) * sparse) if sparse else None,
         **{f"longest {kind} step / usual one": ratio for kind, ratio in longest.items()},
         "peak GB, Inductor": None if dense.peak is None else dense.peak / 1e9,
         "peak GB, svg_ear": None if run.peak is None else run.peak / 1e9,
         "peak ratio": run.peak / dense.peak if run.peak and dense.peak else None,
-        "compile seconds, Inductor": dense.compile_seconds,
+        "compile seconds, Inductor": first.compile_seconds,
         "compile seconds, svg_ear": warm_up.compile_seconds,
-        "first step with compiling, Inductor": dense.seconds[0],
+        "first step with compiling, Inductor": first.seconds[0],
         "first step with compiling, svg_ear": warm_up.seconds[0],
-        "recompiles, Inductor": len(dense.recompiles),
+        "recompiles, Inductor": len(first.recompiles + dense.recompiles),
         "recompiles, svg_ear": recompiled,
         "difference": differences(run, dense, start),
         "checks": {
             "latents are finite": dense.finite and run.finite,
-            "no more compiles than Inductor": recompiled <= len(dense.recompiles) and not run.compile_seconds,
+            "no more compiles than Inductor": recompiled <= len(first.recompiles + dense.recompiles)
+            and run.compile_seconds <= dense.compile_seconds,
             f"no step of {LONGEST} times the usual": max(longest.values()) < LONGEST,
         },
-    }
+    }  # fmt: skip
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -198,9 +242,14 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     budget.add_argument("--density", type=float)
     budget.add_argument("--quality", choices=QUALITY)
     parser.add_argument(
-        "--dense-steps-timed", type=int, default=2, help="with plain Inductor, after the first"
+        "--dense-steps-timed", type=int, default=2, help="with plain Inductor, after one to compile"
     )
     parser.add_argument("--warm-up", type=int, default=3, help="steps of svg_ear before the whole generation")
+    parser.add_argument("--with", dest="stack", default="", help=f"some of {', '.join(STACKS)}, by commas")
+    parser.add_argument(
+        "--profile", action="store_true", help="which kernels the last step takes its time for"
+    )
+    parser.add_argument("--warm", action="store_true", help="compile both again, now from caches")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--tiny", action="store_true", help="a toy model and clip, and nothing goes to Inductor"
@@ -210,19 +259,22 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     size = TINY_SIZE if args.tiny else MODELS[args.model].size
     for name, default in zip(("width", "height", "frames"), size, strict=True):
         setattr(args, name, getattr(args, name) or default)
+    args.stack = [name for name in args.stack.split(",") if name]
     return args
 
 
 def show(results: dict[str, Any], args: argparse.Namespace) -> None:
-    print(
-        f"\n{args.model}, {args.width} x {args.height} x {args.frames}, {args.steps} steps, {results['device']}"
-    )
+    name = " + ".join([args.model, *args.stack])
+    size = f"{args.width} x {args.height} x {args.frames}"
+    print(f"\n{name}, {size}, {args.steps} steps, {results['device']}")
     print(svg_ear_compile.report(), "\n")
-    print(f"Calls above count {args.warm_up} steps to warm up; those of the whole generation:")
+    print(f"Calls above count {args.warm_up} steps to compile; those of the whole generation:")
     print(tabulate(results["steps"], headers="keys", floatfmt=".4g"), "\n")
     lines = {**results["summary"], **results["summary"]["checks"]}
     del lines["checks"]
-    for reason in results["svg_ear"]["recompiles"] + results["warm-up"]["recompiles"]:
+    if results["svg_ear"]["kernels"]:
+        print(tabulate(results["svg_ear"]["kernels"], headers="keys", floatfmt=".4g"), "\n")
+    for reason in results["svg_ear"]["recompiles"] + results["svg_ear, compiling"]["recompiles"]:
         print("recompiled:", reason)
     print(tabulate([(name, _short(value)) for name, value in lines.items() if value is not None]))
 
@@ -250,18 +302,34 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.json.write_text(json.dumps(results, indent=1, default=str) + "\n")
 
     pipe, told = build(args)
-    compile_blocks(pipe, "eager" if args.tiny else "inductor", None)
-    dense = generate(pipe, told, args, args.dense_steps_timed + 1)
-    keep("inductor", dense)
-    compile_blocks(pipe, "svg_ear", svg_ear_options(args))
-    warm_up = generate(pipe, told, args, args.warm_up)
-    keep("warm-up", warm_up)
-    run = generate(pipe, told, args)
-    keep("svg_ear", run)
-    keep("steps", steps_of(run))
+    for name in args.stack:
+        STACKS[name](pipe)
+    inductor = ("eager" if args.tiny else "inductor", None)
+    ours = ("svg_ear", svg_ear_options(args))
+
+    def run(name: str, steps: int | None, profiled: bool = False) -> Run:
+        runs[name] = generate(pipe, told, args, steps, profiled)
+        keep(name, runs[name])
+        return runs[name]
+
+    runs: dict[str, Run] = {}
+    fullgraph = not args.stack  # a cache decides between blocks whether they run
+    with torch.compiler.config.patch(force_disable_caches=True):
+        compile_pipeline(pipe, *inductor, fullgraph)
+        run("inductor, compiling", 3 if "cache" in args.stack else 1)
+        run("inductor", args.dense_steps_timed)
+        compile_pipeline(pipe, *ours, fullgraph)
+        run("svg_ear, compiling", args.warm_up)
+        last = run("svg_ear", None, args.profile)
+    keep("steps", steps_of(last))
     keep("report", json.loads(svg_ear_compile.report().to_json()))
-    keep("summary", summary(dense, warm_up, run, results["steps"], told["latents"]))
+    keep("summary", summary(runs, results["steps"], args, told["latents"]))
     show(results, args)
+    if args.warm:
+        for name, how in (("inductor", inductor), ("svg_ear", ours)):
+            for cache in ("filling", "from"):
+                compile_pipeline(pipe, *how, fullgraph)
+                print(f"compiled in {run(f'{name}, {cache} caches', 1).compile_seconds:.1f} s")
     return 0 if all(results["summary"]["checks"].values()) else 1
 
 

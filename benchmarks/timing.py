@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -14,6 +14,17 @@ from svg_ear_compile.kernels.blocks import cluster
 
 # The names of kernels that belong to a stage; all others are its "rest": routing, lists, offsets, copies.
 STAGES = {"permute ms": ("gather_kernel",), "probe ms": ("probe_kernel",), "attend ms": ("attention",)}
+
+# The same of a whole model, the first that fits: Inductor's own kernels are called triton_.
+GROUPS = {
+    "permutation": ("gather_kernel",), "probe": ("probe_kernel",),
+    "routing": ("shift_kernel", "digits_kernel", "lists_kernel", "codes_kernel"),
+    "first-order terms": ("covariance", "weights_kernel"),
+    "splits": ("directions_kernel", "partition_kernel", "project_kernel"),
+    "measuring errors": ("rows_kernel",),
+    "dense attention": ("fmha", "flash", "sdpa", "cudnn"), "sparse attention": ("attention_kernel",),
+    "matrix products": ("gemm", "nvjet", "cutlass", "cublas", "xmma"), "Inductor's kernels": ("triton_",),
+}  # fmt: skip
 
 
 def milliseconds(call: Callable[[int], Any], repeats: int, warmup: int = 1, in_a_row: int = 1) -> float:
@@ -40,6 +51,22 @@ def kernels_of(call: Callable[[], Any]) -> tuple[Any, list[Any]]:
         torch.cuda.synchronize()
     events = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     return result, events
+
+
+def groups(events: Iterable[Any]) -> list[dict[str, Any]]:
+    """GPU time by group of kernels, the longest first. example: of the longest kernel of a group."""
+    rows: dict[str, dict[str, Any]] = {}
+    for event in events:
+        if event.device_type != torch.autograd.DeviceType.CUDA:
+            continue
+        named = (group for group, names in GROUPS.items() if any(name in event.name for name in names))
+        group, ms = next(named, "rest"), event.device_time / 1000
+        row = rows.setdefault(group, {"group": group, "ms": 0.0, "kernels": 0, "longest": 0.0, "example": ""})
+        row["ms"] += ms
+        row["kernels"] += 1
+        if ms > row["longest"]:
+            row |= {"longest": ms, "example": event.name[:40]}
+    return sorted(rows.values(), key=lambda row: -row["ms"])
 
 
 def stage_times(call: Callable[[int], Any]) -> dict[str, float]:
