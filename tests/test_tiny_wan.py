@@ -72,6 +72,22 @@ def test_first_object_hides_the_second(scenes, monkeypatch: pytest.MonkeyPatch) 
     assert torch.equal(clip[where], paint.clamp(-1, 1)[where])
 
 
+def test_calm_clips_only_move(scenes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Upright, at one size, mostly one plain shape; the share of them is as told, and seeds keep their clips."""
+    objects = []
+    original = scenes._object
+    monkeypatch.setattr(scenes, "_object", lambda *a: objects.append(a) or original(*a))
+    ids = scenes.batch(200, 2, 8, 8, torch.Generator().manual_seed(9), calm=0.6)[1]
+    (_, _, texture, _, _, size, angle, *_), _ = objects
+    calm = (angle == 0).all(1)
+    assert calm.float().mean() == pytest.approx(0.6, abs=0.12)
+    assert (size[calm, 0] == size[calm, 1]).all()
+    assert (size[~calm, 0] != size[~calm, 1]).all()
+    assert (texture[calm] == 0).float().mean() > 0.7
+    assert (ids[calm, 6] == tiny_wan.NONE).float().mean() > 0.65
+    assert (ids[~calm, 6] == tiny_wan.NONE).float().mean() < 0.4
+
+
 def test_longer_clip_moves_at_the_same_speed(scenes) -> None:
     """A clip of 8 frames is the middle of the 16-frame clip of the same seed."""
     short, _ = batch(scenes, 5, (8, 32, 32))
@@ -118,15 +134,15 @@ def test_embedding_tells_ids_and_positions_apart() -> None:
 @pytest.mark.slow
 def test_training_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two legs, then a third from the exported weights alone: steps add up and losses are finite."""
-    arguments = ["--toy", "--no-compile", "--device", "cpu", "--max-steps", "3", "--log-every", "1"]
-    arguments += ["--minutes", "1", "--out", str(tmp_path)]
+    arguments = ["--plan", "toy", "--no-compile", "--device", "cpu", "--max-steps", "3", "--log-every", "1"]
+    arguments += ["--minutes", "1", "--total-minutes", "16", "--out", str(tmp_path)]
     for leg in range(3):
         import_example("train").main(arguments)
         assert f"from step {3 * leg}" in capsys.readouterr().out
         told = json.loads((tmp_path / "log.json").read_text())
         assert [entry["step"] for entry in told["log"]] == list(range(1, 3 * leg + 4))
         assert all(math.isfinite(loss) for entry in told["log"] for loss in entry["loss"].values())
-        assert told["validation"]["4x16x16"]["mean"] < 2
+        assert told["validation"]["after"]["4x16x16, calm"]["mean"] < 2
         assert (tmp_path / "samples_4x16x16.png").exists()
         if leg == 0:
             before = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
@@ -134,7 +150,7 @@ def test_training_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
             after = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
             moved = after["model"]["proj_out.weight"] - before["model"]["proj_out.weight"]
             assert 0 < moved.abs().max() < 0.01, "a few warm-up steps on from where the first leg ended"
-            assert {int(s["step"]) for s in after["optimizer"]["state"].values()} == {6}
+            assert {int(s["step"]) for s in after["optimizers"][0]["state"].values()} == {6}
             (tmp_path / "checkpoint.pt").unlink()
     weights = tiny_wan.load_model(dtype=torch.bfloat16, folder=tmp_path / "export")
     assert weights.config.attention_head_dim == 128
@@ -143,15 +159,15 @@ def test_training_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize("model", ["hunyuan", "cogvideox"])
 def test_other_models_train(model: str, scenes) -> None:
     """The loss of one batch falls, and the caption matters."""
-    train = import_example("train")
-    kind = train.KINDS[model]
+    kind = import_example("kinds").KINDS[model]
+    flow_matching_loss = import_example("losses").flow_matching_loss
     torch.manual_seed(0)
     network = kind.build(toy=True)
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
     losses = []
     for _ in range(8):
         generator = torch.Generator().manual_seed(0)
-        loss = train.flow_matching_loss(kind, network, scenes, (2, 16, 16), 2, generator)
+        loss = flow_matching_loss(kind, network, scenes, (2, 16, 16), 2, generator)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -166,17 +182,18 @@ def test_other_models_train(model: str, scenes) -> None:
 
 def test_validation_sees_the_same_clips_and_the_noise_level(scenes) -> None:
     """Every level gets the same batches; a model that answers 0 has the same loss at all of them."""
-    train = import_example("train")
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def answer(_, noisy: torch.Tensor, timestep: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         seen.append((timestep, ids))
         return torch.zeros_like(noisy)
 
-    kind = train.Kind("", {}, {}, answer)
-    losses = train.validation_losses(kind, torch.nn.Identity(), scenes, (2, 16, 16), 4, batches=2)
+    kind = import_example("kinds").Kind("", {}, {}, answer)
+    losses = import_example("losses").validation_losses(
+        kind, torch.nn.Identity(), scenes, (2, 16, 16), 4, batches=2
+    )
     assert [float(t[0]) for t, _ in seen] == pytest.approx(
-        [1000 * s for s in train.VALIDATED_AT for _ in "ab"]
+        [1000 * s for s in import_example("losses").VALIDATED_AT for _ in "ab"]
     )
     assert all(torch.equal(seen[i][1], seen[i % 2][1]) for i in range(len(seen)))
     assert not torch.equal(seen[0][1], seen[1][1])
@@ -188,9 +205,9 @@ def test_validation_sees_the_same_clips_and_the_noise_level(scenes) -> None:
 def test_larger_clips_are_trained_and_sampled_at_more_noise() -> None:
     assert tiny_wan.noise_shift(16, 64, 64) == 8
     assert tiny_wan.noise_shift(16, 128, 128) == 16
-    train = import_example("train")
+    plans, noise_levels = import_example("plans"), import_example("losses").noise_levels
     generator = torch.Generator().manual_seed(0)
-    small, large = (train.noise_levels(4000, size, generator) for size in (train.SMALL, train.LARGE))
+    small, large = (noise_levels(4000, size, generator) for size in (plans.SMALL, plans.LARGE))
     for levels in (small, large):
         assert levels.min() > 0
         assert levels.max() < 1
@@ -222,9 +239,31 @@ def toy_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("weights")
     WanTransformer3DModel(
         patch_size=(1, 4, 4), num_attention_heads=1, attention_head_dim=16, in_channels=3, out_channels=3,
-        text_dim=tiny_wan.TEXT_DIM, freq_dim=16, ffn_dim=32, num_layers=1, rope_max_seq_len=16,
+        text_dim=tiny_wan.TEXT_DIM, freq_dim=16, ffn_dim=32, num_layers=2, rope_max_seq_len=16,
     ).save_pretrained(folder)  # fmt: skip
     return folder
+
+
+def test_training_starts_from_weights(toy_weights: Path, tmp_path: Path) -> None:
+    """Without one of their blocks; the schedule is this leg's, and nothing but what can be sent around is written."""
+    main = import_example("train").main
+    main(
+        [
+            "--plan", "toy", "--no-compile", "--device", "cpu", "--max-steps", "4", "--minutes", "5",
+            "--start", str(toy_weights), "--drop-block", "0", "--no-checkpoint", "--out", str(tmp_path),
+        ]
+    )  # fmt: skip
+    assert {path.name for path in tmp_path.iterdir()} == {"export", "log.json", "samples_4x16x16.png"}
+    told = json.loads((tmp_path / "log.json").read_text())
+    weights = tiny_wan.load_model(folder=tmp_path / "export")
+    assert weights.config.num_layers == len(weights.blocks) == 1
+    moved = (
+        weights.blocks[0].ffn.net[2].weight
+        - tiny_wan.load_model(folder=toy_weights).blocks[1].ffn.net[2].weight
+    )
+    assert 0 < moved.abs().max() < 0.01
+    assert told["step"] == 4
+    assert set(told["validation"]) == {"before", "after"}
 
 
 def test_demo_with_a_backend_that_changes_nothing(

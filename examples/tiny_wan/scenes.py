@@ -1,8 +1,9 @@
 """Procedural moving scenes with captions: the training data of the tiny Wan model.
 
 `Scenes.batch` renders clips of one or two textured shapes that move, turn and grow, the first in front of the
-second, over a slowly panning photograph. Everything is a batched tensor expression on one device, so a GPU
-renders faster than it trains. The photographs ship inside the scikit-image and scikit-learn wheels.
+second, over a slowly panning photograph. In a calm clip they only move: upright, at one size, near the middle,
+mostly one plain shape. Everything is a batched tensor expression on one device, so a GPU renders faster than it
+trains. The photographs ship inside the scikit-image and scikit-learn wheels.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ COLOUR_VALUES = (
     (0.62, 0.15, 0.80),
     (0.97, 0.97, 0.97),
 )
+CALM_ALONE = CALM_PLAIN = 0.8  # shares of the calm clips: one object; objects without a pattern
 PAN_VECTORS = ((-1.0, 0.0), (1.0, 0.0), (0.0, -1.0), (0.0, 1.0))
 
 
@@ -104,12 +106,13 @@ class Scenes:
 
     def batch(
         self, count: int, frames: int, height: int, width: int, generator: torch.Generator,
-        anywhere: bool = False,
+        anywhere: bool = False, calm: float = 0.0,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """`count` clips [B, 3, F, H, W] fp32 in [-1, 1] and their captions [B, CAPTION_LENGTH] int64.
 
         `generator` must live on this object's device; the same seed gives the same clips. A clip of
         fewer than REFERENCE_FRAMES is the middle of a longer one, or, with `anywhere`, a random part of it.
+        calm: the share of calm clips.
         """
 
         def uniform(low: float, high: float) -> Tensor:
@@ -134,6 +137,10 @@ class Scenes:
 
         caption = [background + slot_offset(0), pan + slot_offset(1)]
         alone = uniform(0, 1) < 0.25
+        still = torch.zeros_like(alone)
+        if calm:  # without, seeds give the clips that they always gave
+            still = uniform(0, 1) < calm
+            alone = torch.where(still, uniform(0, 1) < CALM_ALONE, alone)
         layers = []
         for k in range(MAX_OBJECTS):
             shape, colour = choice(len(SHAPES)), choice(len(COLOURS))
@@ -143,6 +150,14 @@ class Scenes:
             angle, spin = uniform(0, 2 * math.pi), uniform(-2.5, 2.5)
             reach, speed = uniform(0, 0.4), uniform(0.7, 1.4)
             around = uniform(0, 2 * math.pi)
+            if calm:
+                growth, spin, angle = (x.masked_fill(still, 0) for x in (growth, spin, angle))
+                texture = texture.masked_fill(still & (uniform(0, 1) < CALM_PLAIN), TEXTURES.index("plain"))
+                size, reach = (
+                    torch.where(still, 0.45 + (size - 0.34) / 2, size),
+                    torch.where(still, reach / 2, reach),
+                )
+                speed = torch.where(still, 0.9 + (speed - 0.7) / 2, speed)
             middle = torch.stack([around.cos(), around.sin()], 1) * reach[:, None]  # where it is at time 0
             centre = (
                 middle[:, None] + (speed[:, None] * self.directions[direction])[:, None] * time[..., None]

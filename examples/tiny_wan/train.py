@@ -1,19 +1,17 @@
-"""Trains one of the tiny models (`kinds.py`) by flow matching on procedural scenes, in resumable legs.
+"""Trains one of the tiny models (`kinds.py`) by flow matching (`losses.py`) on procedural scenes, in resumable legs.
 
     python examples/tiny_wan/train.py --model wan --minutes 8 --total-minutes 16
 
 A leg stops by itself after `--minutes` and writes `checkpoint.pt`; the same command then goes on where it
-stopped. Learning rate and clip sizes follow the share of `--total-minutes` spent so far, so legs of any
-length compose. Every leg ends with `samples_*.png`, `log.json` and `export/` (the averaged weights in bf16).
+stopped. Learning rate and clip sizes (`plans.py`) follow the share of `--total-minutes` spent so far, so legs of
+any length compose. Every leg ends with `samples_*.png`, `log.json` and `export/` (the averaged weights in bf16).
 Without a checkpoint but with `export/` and `log.json`, a new training of `--total-minutes` starts from those
 weights.
 
-    clip x0 in [-1, 1], noise e ~ N(0, 1), s in (0, 1)
-    x_s = (1 - s) x0 + s e,   model(x_s, 1000 s, caption) ~ e - x0 (mean squared error)
+    python examples/tiny_wan/train.py --plan calm --start svg_ear_compile/tiny_wan --drop-block 6 --minutes 8.5
 
-In pixel space the layout of a scene is decided at s > 0.9. So s is logit-normal, moved up by
-`tiny_wan.noise_shift` of the clip's size; one in four is uniform. Single frames and clips of 4 frames teach
-what things look like at the full resolution for a fraction of the cost of 16 frames.
+trains the packaged weights on, without one of their blocks. Without `--total-minutes` this leg is the whole
+training, and its schedule begins when everything is compiled.
 """
 
 from __future__ import annotations
@@ -22,7 +20,6 @@ import argparse
 import copy
 import json
 import math
-import random
 import sys
 import time
 from collections.abc import Iterator
@@ -31,55 +28,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from kinds import KINDS, Kind, compile_blocks
+from attention_trial import attention_priority
+from kinds import KINDS, compile_blocks
+from losses import Size, flow_matching_loss, validation_losses
+from plans import PLANS, learning_rate
 from scenes import Scenes
+from sheets import write_samples
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 from tqdm import tqdm
 
-from svg_ear_compile.tiny_wan import NULL, noise_shift, sample, sentence
-
-Size = tuple[int, int, int]  # frames, height, width in pixels
-
-PEAK_LR = 1.5e-3
-WARM_UP_STEPS = 100
 EMA_DECAY = 0.998
-SHARD_BYTES = 16_000_000
-VALIDATED_AT = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)  # noise levels s
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to train when: each size's batch, and the sizes up to each share of the training."""
-
-    batch: dict[Size, int]
-    phases: tuple[tuple[float, dict[Size, float]], ...]  # (until this share, size: probability)
-    sample_sizes: tuple[Size, ...]
-    sample_steps: int = 30
-
-    def size_at(self, progress: float, step: int) -> Size:
-        weights = next((w for until, w in self.phases if progress < until), self.phases[-1][1])
-        return random.Random(step).choices(list(weights), list(weights.values()))[0]
-
-
-IMAGE, SHORT, SMALL, LARGE = (1, 128, 128), (4, 128, 128), (16, 64, 64), (16, 128, 128)
-FULL = Plan(
-    batch={IMAGE: 128, SHORT: 32, SMALL: 32, LARGE: 8},  # equally many tokens
-    phases=(
-        (0.3, {IMAGE: 0.6, SHORT: 0.2, SMALL: 0.2}),
-        (0.6, {IMAGE: 0.2, SHORT: 0.4, SMALL: 0.4}),
-        (1.0, {IMAGE: 0.1, SHORT: 0.3, SMALL: 0.2, LARGE: 0.4}),
-    ),
-    sample_sizes=(SMALL, LARGE),
-)
-TOY_SMALL, TOY_LARGE = (2, 16, 16), (4, 16, 16)
-TOY = Plan(
-    batch={TOY_SMALL: 2, TOY_LARGE: 2},
-    phases=((0.5, {TOY_SMALL: 1}), (1.0, {TOY_LARGE: 1})),
-    sample_sizes=(TOY_LARGE,),
-    sample_steps=2,
-)
+SHARD_BYTES = 15_600_000  # no file of 16 MB or more, however the last tensor falls
+SAVED_EVERY = 120  # seconds
 
 
 @dataclass
@@ -94,98 +55,6 @@ class State:
     log: list[dict[str, object]] = field(default_factory=list)
 
 
-def learning_rate(progress: float, steps_since_fresh: int) -> float:
-    """Linear warm-up, flat until 40% of the training, then a cosine down to 2% of the peak."""
-    warm = min(1.0, (steps_since_fresh + 1) / WARM_UP_STEPS)
-    fall = min(1.0, max(0.0, (progress - 0.4) / 0.6))
-    return PEAK_LR * warm * (0.02 + 0.98 * (1 + math.cos(math.pi * fall)) / 2)
-
-
-def noise_levels(count: int, size: Size, generator: torch.Generator) -> Tensor:
-    """s of `count` clips: [count] in (0, 1); one in four uniform, the others logit-normal, moved up."""
-    device, shift = generator.device, noise_shift(*size)
-    normal = torch.randn(count, generator=generator, device=device).sigmoid()
-    uniform = torch.rand(count, generator=generator, device=device)
-    flat = torch.rand(count, generator=generator, device=device) < 0.25
-    return torch.where(flat, uniform, shift * normal / (1 + (shift - 1) * normal))
-
-
-def flow_matching_loss(
-    kind: Kind, model: nn.Module, scenes: Scenes, size: Size, count: int, generator: torch.Generator,
-    level: float | None = None,
-) -> Tensor:  # fmt: skip
-    """The loss of one batch drawn from `generator`; one caption in ten is replaced by the empty one.
-
-    level: the noise level s of all clips, instead of `noise_levels`.
-    """
-    device = scenes.device
-    clip, ids = scenes.batch(count, *size, generator, anywhere=True)
-    dropped = torch.rand(count, 1, generator=generator, device=device) < 0.1
-    ids = torch.where(dropped, NULL, ids)
-    noise = torch.randn(clip.shape, generator=generator, device=device)
-    s = noise_levels(count, size, generator) if level is None else torch.full((count,), level, device=device)
-    noisy = torch.lerp(clip, noise, s[:, None, None, None, None])
-    with torch.autocast(device.type, torch.bfloat16):
-        velocity = kind.velocity(model, noisy, s * 1000, ids)
-    return F.mse_loss(velocity, noise - clip)
-
-
-@torch.no_grad()
-def validation_losses(
-    kind: Kind, model: nn.Module, scenes: Scenes, size: Size, count: int, batches: int = 4
-) -> dict[str, float]:
-    """Mean loss over the same clips and noise at each noise level of VALIDATED_AT, and over the levels."""
-    generator = torch.Generator(scenes.device)
-    losses = {
-        str(level): torch.stack(
-            [
-                flow_matching_loss(kind, model, scenes, size, count, generator.manual_seed(2**40 + i), level)
-                for i in range(batches)
-            ]
-        ).mean()
-        for level in VALIDATED_AT
-    }
-    losses["mean"] = torch.stack(list(losses.values())).mean()
-    return {level: round(loss.item(), 5) for level, loss in losses.items()}
-
-
-def attention_priority(device: torch.device, masked: bool) -> list[SDPBackend]:
-    """SDPA backends, the one that trains fastest here first (cuDNN where it works, agrees and wins).
-
-    A mask of padded text rules out flash attention, and cuDNN's would be as large as all scores.
-    """
-    order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    if masked or device.type != "cuda":
-        return order
-
-    def trial(backend: SDPBackend) -> tuple[float, Tensor]:
-        generator = torch.Generator(device).manual_seed(0)
-        for keys in (10, 16384):  # cross attention, self attention
-            q = torch.randn(2, 2, 16384, 128, device=device, dtype=torch.bfloat16, generator=generator)
-            k = torch.randn(2, 2, keys, 128, device=device, dtype=torch.bfloat16, generator=generator)
-            q, k = q.requires_grad_(), k.requires_grad_()
-            with sdpa_kernel([backend, *order], set_priority=True):
-                for i in range(8):
-                    if i == 3:
-                        torch.cuda.synchronize()
-                        start = time.perf_counter()
-                    out = F.scaled_dot_product_attention(q, k, k)
-                    grads = torch.autograd.grad(out.float().square().sum(), (q, k))
-            torch.cuda.synchronize()
-        return time.perf_counter() - start, torch.cat([out.flatten(), *(g.flatten() for g in grads)]).float()
-
-    try:
-        flash_time, flash = trial(SDPBackend.FLASH_ATTENTION)
-        cudnn_time, cudnn = trial(SDPBackend.CUDNN_ATTENTION)
-        error = ((cudnn - flash).norm() / flash.norm()).item()
-    except RuntimeError as problem:
-        print(f"attention: flash (cuDNN: {problem})", flush=True)
-        return order
-    print(f"attention: flash {flash_time:.3f} s, cuDNN {cudnn_time:.3f} s, differ by {error:.1e}", flush=True)
-    wins = error < 0.02 and cudnn_time < 0.95 * flash_time
-    return [SDPBackend.CUDNN_ATTENTION, *order] if wins else order
-
-
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """A path to write to that becomes `path` only once the block has ended well."""
@@ -194,12 +63,26 @@ def written_whole(path: Path) -> Iterator[Path]:
     part.replace(path)
 
 
+def optimizers(model: nn.Module, muon: bool) -> list[torch.optim.Optimizer]:
+    """AdamW; with `muon` the matrices of the blocks get Muon, at the same size of a step (arXiv 2502.16982)."""
+    matrices = [p for name, p in model.named_parameters() if muon and p.ndim == 2 and "blocks." in name]
+    others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
+    fused = others[0].is_cuda
+    chosen: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.01, fused=fused)
+    ]
+    if matrices:
+        chosen.append(torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
+    return chosen
+
+
 class Trainer:
     def __init__(self, args: argparse.Namespace) -> None:
         self.started = time.monotonic()
         self.args = args
         self.kind = KINDS[args.model]
-        self.plan = TOY if args.toy else FULL
+        self.plan = PLANS[args.plan]
+        self.toy = args.plan == "toy"
         self.device = torch.device(args.device)
         self.out = Path(args.out or f"outputs/tiny_{args.model}")
         self.out.mkdir(parents=True, exist_ok=True)
@@ -207,14 +90,15 @@ class Trainer:
         torch.set_float32_matmul_precision("high")
         self.scenes = Scenes(self.device)
         self.generator = torch.Generator(self.device)
-        self.model = self.kind.build(args.toy).to(self.device)
+        self.model = self.build().to(self.device).requires_grad_()
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), betas=(0.9, 0.99), weight_decay=0.01, fused=self.device.type == "cuda"
-        )
+        self.optimizers = optimizers(self.model, self.plan.muon)
         self.state = State(batch=dict(self.plan.batch))
+        self.validation: dict[str, dict[str, dict[str, float]]] = {}
         self.resume()
-        self.before = self.state.seconds
+        self.before, self.compiled = self.state.seconds, self.started
+        if args.start:
+            self.validate("before", self.kind.load(args.start, self.device, torch.bfloat16))
         if args.compile:
             torch._dynamo.config.recompile_limit = 64  # one graph a size and class of block
             compile_blocks(self.model, fullgraph=True, dynamic=False)
@@ -224,6 +108,15 @@ class Trainer:
             flush=True,
         )
 
+    def build(self) -> nn.Module:
+        if self.args.start is None:
+            return self.kind.build(self.toy)
+        model = self.kind.load(self.args.start)
+        if self.args.drop_block is not None:
+            del model.blocks[self.args.drop_block]
+            model.register_to_config(num_layers=len(model.blocks))
+        return model
+
     @property
     def checkpoint(self) -> Path:
         return self.out / "checkpoint.pt"
@@ -231,6 +124,9 @@ class Trainer:
     @property
     def progress(self) -> float:
         """The share of this training that is done."""
+        if self.args.total_minutes is None:  # this leg alone, once it is compiled
+            compiled = self.compiled - self.started
+            return (self.state.seconds - self.before - compiled) / (60 * self.args.minutes - compiled)
         return (self.state.seconds - self.state.fresh_seconds) / (60 * self.args.total_minutes)
 
     def resume(self) -> None:
@@ -238,7 +134,8 @@ class Trainer:
             saved = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
             self.model.load_state_dict(saved["model"])
             self.ema.load_state_dict(saved["ema"])
-            self.optimizer.load_state_dict(saved["optimizer"])
+            for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
             self.state = State(**saved["state"])
         elif (self.out / "export" / "config.json").exists() and (self.out / "log.json").exists():
             weights = self.kind.load(self.out / "export").state_dict()
@@ -250,23 +147,47 @@ class Trainer:
             state.seconds = state.fresh_seconds = told["seconds"]
 
     def save(self) -> None:
+        """The checkpoint, or without one what a new training can start from."""
+        if not self.args.checkpoint:
+            self.export()
+            return
         parts = {"model": self.model.state_dict(), "ema": self.ema.state_dict()}
-        state = {**parts, "optimizer": self.optimizer.state_dict(), "state": vars(self.state)}
+        states = [optimizer.state_dict() for optimizer in self.optimizers]
         with written_whole(self.checkpoint) as path:
-            torch.save(state, path)
+            torch.save({**parts, "optimizers": states, "state": vars(self.state)}, path)
+
+    def export(self) -> Path:
+        """The averaged weights in bf16, and the log."""
+        folder = self.out / "export"
+        copy.deepcopy(self.ema).to(torch.bfloat16).save_pretrained(folder, max_shard_size=SHARD_BYTES)
+        self.write_log()
+        return folder
+
+    def loss(self, size: Size, count: int) -> Tensor:
+        calm = self.plan.calm
+        return flow_matching_loss(self.kind, self.model, self.scenes, size, count, self.generator, calm=calm)
+
+    def compile(self) -> None:
+        """Runs the model once at every size, so that compiling takes nothing of the schedule."""
+        for size in {size for _, sizes in self.plan.phases for size in sizes}:
+            self.loss(size, self.state.batch[size]).backward()
+        self.model.zero_grad(set_to_none=True)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
 
     def step(self, size: Size, count: int) -> Tensor:
         """One step; its loss, still on the device: nothing here waits for the GPU."""
         state, parameters = self.state, list(self.model.parameters())
         rate = learning_rate(self.progress, state.step - state.fresh_step)
         self.generator.manual_seed(state.step)
-        loss = flow_matching_loss(self.kind, self.model, self.scenes, size, count, self.generator)
+        loss = self.loss(size, count)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+        self.model.zero_grad(set_to_none=True)
         decay = min(EMA_DECAY, (1 + state.step) / (10 + state.step))
         torch._foreach_lerp_(list(self.ema.parameters()), parameters, 1 - decay)
         return loss.detach()
@@ -277,9 +198,11 @@ class Trainer:
         self.model.train()
         bar = tqdm(total=60 * args.minutes, unit="s", disable=not sys.stderr.isatty())
         losses: dict[Size, list[Tensor]] = {}
-        saved = logged = self.started
         steps_left = args.max_steps or 10**9
         with sdpa_kernel(attention_priority(self.device, self.kind.masked), set_priority=True):
+            if args.total_minutes is None:
+                self.compile()
+            saved = logged = self.compiled = time.monotonic()
             while steps_left:
                 elapsed = time.monotonic() - self.started
                 state.seconds = self.before + elapsed
@@ -294,7 +217,7 @@ class Trainer:
                         raise
                     state.batch[size] = count // 2
                     print(f"out of memory: batch {count // 2} for {size} from now on", flush=True)
-                    self.optimizer.zero_grad(set_to_none=True)
+                    self.model.zero_grad(set_to_none=True)
                     torch.cuda.empty_cache()
                     continue
                 state.step += 1
@@ -314,52 +237,35 @@ class Trainer:
                     bar.write(json.dumps(entry))
                     losses.clear()
                     logged = now
-                    if now - saved > 60:
+                    if now - saved > SAVED_EVERY:
                         self.save()
                         saved = now
         bar.close()
         self.save()
 
     def finish(self) -> None:
-        """Writes the averaged weights in bf16, the log with validation losses, and sample sheets."""
+        """Exports, and writes the log with validation losses (of calm clips, too) and a sheet of samples a size."""
         del self.model
-        export = self.out / "export"
-        copy.deepcopy(self.ema).to(torch.bfloat16).save_pretrained(export, max_shard_size=SHARD_BYTES)
-        told = {"step": self.state.step, "seconds": self.state.seconds, "log": self.state.log}
-        self.write_log(told)
-        final = self.kind.load(export, self.device, torch.bfloat16)
-        told["validation"] = {}
+        final = self.kind.load(self.export(), self.device, torch.bfloat16)
+        self.validate("after", final)
+        self.write_log()
+        for size in self.plan.sample_sizes:
+            path = self.out / f"samples_{'x'.join(map(str, size))}.png"
+            write_samples(path, self.kind, final, size, self.plan.samplers)
+
+    def validate(self, when: str, model: nn.Module) -> None:
         for size in self.plan.sample_sizes:
             count = max(1, self.plan.batch[size] // 2)
-            losses = validation_losses(self.kind, final, self.scenes, size, count)
-            told["validation"]["x".join(map(str, size))] = losses
-        print(f"validation {json.dumps(told['validation'])}", flush=True)
-        self.write_log(told)
-        for size in self.plan.sample_sizes:
-            self.write_samples(final, size)
+            for calm in sorted({0.0, float(self.plan.calm > 0)}):
+                losses = validation_losses(self.kind, model, self.scenes, size, count, calm=calm)
+                name = "x".join(map(str, size)) + (", calm" if calm else "")
+                self.validation.setdefault(when, {})[name] = losses
+        print(f"validation {when} {json.dumps(self.validation[when])}", flush=True)
 
-    def write_log(self, told: dict[str, object]) -> None:
+    def write_log(self) -> None:
+        told = {"step": self.state.step, "seconds": self.state.seconds, "log": self.state.log}
         with written_whole(self.out / "log.json") as path:
-            path.write_text(json.dumps(told, indent=1))
-
-    def write_samples(self, model: nn.Module, size: Size, count: int = 6, columns: int = 8) -> None:
-        """A sheet of sampled clips: one row a clip, frames side by side, its caption above."""
-        import numpy as np
-        from PIL import Image, ImageDraw
-
-        generator = torch.Generator(self.device).manual_seed(7)
-        ids = self.scenes.batch(count, *size, generator)[1]
-        noise = torch.randn(count, 3, *size, generator=generator, device=self.device)
-        clips = sample(model, noise, ids, steps=self.plan.sample_steps, velocity=self.kind.velocity)
-        frames, height, _ = size
-        chosen = [round(i * (frames - 1) / (columns - 1)) for i in range(columns)]
-        rows = clips[:, :, chosen].permute(0, 3, 2, 4, 1).flatten(2, 3)  # [count, H, columns * W, 3]
-        sheet = F.pad(rows, (0, 0, 0, 0, 14, 0)).flatten(0, 1)
-        image = Image.fromarray((sheet * 255).round().byte().cpu().numpy().astype(np.uint8))
-        draw = ImageDraw.Draw(image)
-        for i, caption in enumerate(ids):
-            draw.text((2, i * (height + 14) + 1), sentence(caption), fill=(255, 255, 255))
-        image.save(self.out / f"samples_{'x'.join(map(str, size))}.png")
+            path.write_text(json.dumps({**told, "validation": self.validation}, indent=1))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -367,14 +273,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", choices=KINDS, default="wan")
     parser.add_argument("--minutes", type=float, default=8, help="length of this leg, compiling included")
     parser.add_argument(
-        "--total-minutes", type=float, default=16, help="length of the whole training, all legs"
+        "--total-minutes", type=float, help="length of the whole training (default: this leg)"
     )
+    parser.add_argument("--plan", choices=PLANS, default="full", help="toy: tiny clips, to test the script")
+    parser.add_argument("--start", type=Path, help="a folder of trained weights to start from")
+    parser.add_argument("--drop-block", type=int, help="leave this block of --start out (Wan)")
+    parser.add_argument("--no-checkpoint", dest="checkpoint", action="store_false", help="export instead")
     parser.add_argument("--out", help="default: outputs/tiny_<model>")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--log-every", type=int, default=50)
     parser.add_argument("--max-steps", type=int, help="end the leg after so many steps")
-    parser.add_argument("--toy", action="store_true", help="a tiny model and tiny clips, to test the script")
     trainer = Trainer(parser.parse_args(argv))
     trainer.train()
     trainer.finish()
