@@ -18,7 +18,7 @@ STAGES = {"permute ms": ("gather_kernel",), "probe ms": ("probe_kernel",), "atte
 # The same of a whole model, the first that fits: Inductor's own kernels are called triton_.
 GROUPS = {
     "permutation": ("gather_kernel",), "probe": ("probe_kernel",),
-    "routing": ("shift_kernel", "digits_kernel", "lists_kernel", "codes_kernel"),
+    "routing": ("shift_kernel", "search_kernel", "lists_kernel"),
     "first-order terms": ("covariance", "weights_kernel"),
     "splits": ("directions_kernel", "partition_kernel", "project_kernel"),
     "measuring errors": ("rows_kernel",),

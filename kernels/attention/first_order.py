@@ -64,17 +64,16 @@ def attend(
 
 def matrices(plan: SparsePlan, scale: float, heads: Tensor) -> Tensor:
     """M_i of heads [n]: [B,n,Cq,D,D], float32 on a CPU, else of the key's dtype."""
-    queries, covariance = plan.query_centroids, kernels_for(plan.key).covariance
+    queries, weights_of = plan.query_centroids, kernels_for(plan.key).covariance.weights
+    weights = weights_of(queries, plan.bias, plan.key_centroids, heads, scale, _columns(plan))
     out: Tensor | None = None
     done = 0
     for some, covariances in _covariances(plan, heads):
-        columns = covariances.shape[2]
-        weights = covariance.weights(queries, plan.bias, plan.key_centroids, some, scale, columns)
         if out is None:
             out = covariances.new_empty((len(queries), len(heads), queries.shape[2], *covariances.shape[3:]))
         for b in range(len(out)):  # each written where it belongs: together they are large
-            into = out[b, done : done + len(some)].flatten(-2)
-            torch.bmm(weights[b], covariances[b].flatten(-2), out=into)
+            part = slice(done, done + len(some))
+            torch.bmm(weights[b, part], covariances[b].flatten(-2), out=out[b, part].flatten(-2))
         done += len(some)
     assert out is not None
     return out
@@ -101,13 +100,17 @@ def linear(query: Tensor, blocks: Tensor, plans: Sequence[SparsePlan], scale: fl
     return [torch.cat(x, dim=1) for x in found]
 
 
+def _columns(plan: SparsePlan) -> int:
+    return -(-plan.bias.shape[-1] // _ALIGNED) * _ALIGNED
+
+
 def _covariances(plan: SparsePlan, heads: Tensor, bytes_of_head: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
     """C_j [B,some,columns,D,D] of a few of the heads [n] at a time: (some, C_j).
 
     columns: key blocks and, for cuBLAS, some zeros. bytes_of_head: what else takes memory for each head.
     """
     B, _, _, D = plan.key.shape
-    columns = -(-plan.bias.shape[-1] // _ALIGNED) * _ALIGNED
+    columns = _columns(plan)
     group = max(1, _CHUNK_BYTES // max(B * columns * D * D * plan.key.element_size(), bytes_of_head))
     tensors = (plan.key, plan.value, plan.key_offsets, plan.key_centroids, plan.value_centroids)
     for some in heads.split(group):

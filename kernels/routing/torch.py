@@ -11,6 +11,9 @@ from ..papers import budgets
 from ..plan import KEY_BLOCK, QUERY_BLOCK
 from ..probe.torch import Scores
 
+# Errors are compared in steps of 1/512 nat, 0.1% of a norm, from e^-96 to e^32: 16 bits.
+LEAST_ERROR, STEPS, MOST_CODE = -96.0, 512.0, 65534
+
 
 class Routed(NamedTuple):
     """What the routing puts into a SparsePlan (bias, kept_count, kept_blocks), and the areas of what it kept.
@@ -77,9 +80,14 @@ def route(
     return kept
 
 
+def codes(error: Tensor) -> Tensor:
+    """Errors as integers 0 to MOST_CODE of nearly the same order: what rounds to one step is equal."""
+    return ((error - LEAST_ERROR) * STEPS).clamp(0, MOST_CODE).int()
+
+
 def _one_budget(error: Tensor, cost: Tensor, rows: Tensor, budget: Tensor) -> Tensor:
     """The largest errors of each batch element while their areas fit into budget [B] int64; bool."""
-    rank = error.flatten(1).argsort(dim=-1, descending=True, stable=True)
+    rank = codes(error).flatten(1).argsort(dim=-1, descending=True, stable=True)
     spent = (cost * rows[..., None]).flatten(1).gather(-1, rank).cumsum(-1)
     fits = spent <= budget[:, None]
     return torch.empty_like(fits).scatter_(-1, rank, fits).view(error.shape)

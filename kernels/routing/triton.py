@@ -4,11 +4,12 @@
 equals the lowest index, while their areas fit into it. Instead of sorting, the error of the first block that
 does not fit is found digit by digit:
 
-    key = the bits of error - shift, as an unsigned integer of the same order
-    four times, 8 bits at a time: area[d] = sum of |Q_i| n_j over blocks with the digits found so far, then d
-        the next digit is the least d with (area of larger keys) + sum_{e > d} area[e] <= budget
+    code = the error - shift in steps, an integer of 16 bits (kernels/routing/torch.py)
+    four times, 4 bits at a time: for the 15 codes c that begin with the digits found so far and then 1..15,
+        area[c] = sum of |Q_i| n_j over the blocks of at least this code
+        the next digit is the least d with area[found so far, d + 1, 0...] <= budget
 
-Then everything above the key is kept, and of the blocks that equal it as many as fit, in their order; `ties`
+Then everything above the code is kept, and of the blocks that equal it as many as fit, in their order; `ties`
 knows their areas row by row. Areas are summed as integers, so atomic additions in any order give the
 same bits. The rules for text, empty blocks and errors that are NaN are those of kernels/routing/torch.py, and for the
 same scores the choice is the same to the bit. The papers' budgets are computed there; only the lists are made here.
@@ -29,13 +30,12 @@ from ..plan import KEY_BLOCK, QUERY_BLOCK
 from ..probe.torch import Scores
 from ..probe.triton import RowScores
 from . import torch as route
-from .torch import Routed
-from .triton_kernel import digits_kernel, lists_kernel, shift_kernel
+from .torch import LEAST_ERROR, MOST_CODE, STEPS, Routed
+from .triton_kernel import lists_kernel, search_kernel, shift_kernel
 
-_DIGITS, _PASSES = 256, 4
-# Per batch element, int64: areas by digit of each pass, then the budget, then (key so far, area of larger
-# keys) before each pass and after the last.
-_STATE = _PASSES * _DIGITS + 1 + 2 * (_PASSES + 1)
+_DIGITS, _PASSES = 16, 4
+# Per batch element, int64: areas of each pass, then the budget.
+_STATE = _PASSES * _DIGITS + 1
 
 
 def shift_of(scores: RowScores, routing: str) -> Tensor:
@@ -68,20 +68,22 @@ def select(
     """As route.select."""
     B, H, Cq, Ck = scores.gap.shape
     error, gap, device = scores.error, scores.gap, scores.gap.device
-    kept = shift = state = ties = None
-    zeros = torch.zeros(2 + B * _STATE, dtype=torch.int64, device=device)
+    kept = codes = state = ties = None
+    zeros = torch.zeros(2 + B * (_STATE + H * Cq), dtype=torch.int64, device=device)
     areas, sizes = zeros[:2], (H, Cq, Ck, *video, *gap.stride())
     choose = routing == "output_error"
     if choose:
         assert density is not None, "only the papers' budgets find one"
-        state, ties = zeros[2:], torch.empty((B, H, Cq), dtype=torch.int64, device=device)
-        shift = shift_of(scores, routing)
+        state, ties = zeros[2:].split([B * _STATE, B * H * Cq])
+        codes = torch.empty_strided(gap.shape, gap.stride(), dtype=torch.int16, device=device)
         densities = torch.full((B,), density, dtype=torch.float64, device=device)
         for number in range(_PASSES + 1):
-            options = digits_meta(number)
-            digits_kernel[(triton.cdiv(Cq, options["ROWS"]), H, B)](
-                error, shift, query_offsets, key_offsets, densities, state, ties, *sizes, **options
-            )
+            options = search_meta(number)
+            grid = (triton.cdiv(Cq, options["ROWS"]), triton.cdiv(Ck, options["SEGMENT"]), B * H)
+            search_kernel[grid](
+                error, codes, scores.parts, query_offsets, key_offsets, densities, state, ties,
+                scores.parts.shape[2], *sizes, **options,
+            )  # fmt: skip
     else:
         chosen_by = finished(scores, key_offsets, routing)
         of_blocks = query_offsets.diff(dim=-1), key_offsets.diff(dim=-1)
@@ -91,7 +93,7 @@ def select(
     blocks = torch.empty((B, H, Cq, Ck), dtype=torch.int32, device=device)
     options = lists_meta(choose, compensate, routing == "output_error")
     lists_kernel[(triton.cdiv(Cq, options["ROWS"]), H, B)](
-        kept, error, gap, shift, query_offsets, key_offsets, state, ties, bias, count, blocks, areas,
+        kept, codes, gap, query_offsets, key_offsets, state, ties, bias, count, blocks, areas,
         *sizes, **options,
     )  # fmt: skip
     return Routed(bias, count, blocks, areas)
@@ -102,11 +104,11 @@ def shift_meta(output_error: bool) -> dict[str, Any]:
     return {"OUTPUT_ERROR": output_error, "BLOCK": 128, "num_warps": 4}
 
 
-def digits_meta(number: int) -> dict[str, Any]:
-    """digits_kernel's."""
+def search_meta(number: int) -> dict[str, Any]:
+    """search_kernel's."""
     return {
-        "PASS": number, "FULL": QUERY_BLOCK * KEY_BLOCK, "ROWS": 32, "COLUMNS": 64,
-        "DIGITS": _DIGITS, "PASSES": _PASSES, "STATE": _STATE, "num_warps": 4,
+        "PASS": number, "ROWS": 64, "COLUMNS": 8, "SEGMENT": 256, "LEAST_ERROR": LEAST_ERROR, "STEPS": STEPS,
+        "MOST_CODE": MOST_CODE, "DIGITS": _DIGITS, "PASSES": _PASSES, "STATE": _STATE, "num_warps": 8,
     }  # fmt: skip
 
 

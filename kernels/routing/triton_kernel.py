@@ -5,25 +5,32 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..triton_tiles import ordered_bits
+# Of an error that is NaN; others are at most MOST_CODE.
+_UNKNOWN = tl.constexpr(65535)
 
 
 @triton.jit
-def shift_kernel(parts, shift, runs, Cq, OUTPUT_ERROR: tl.constexpr, BLOCK: tl.constexpr):
-    """shift [B,H,Cq] = 2 logsumexp of parts [B,H,runs,Cq] over the runs; for "svg_ear" twice their maximum."""
-    head = tl.program_id(1).to(tl.int64)
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    top = tl.full([BLOCK], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
+def _shift(parts, runs, Cq, i, OUTPUT_ERROR: tl.constexpr):
+    """2 logsumexp of parts [runs,Cq] over the runs; for "svg_ear" twice their maximum."""
+    top = tl.full(i.shape, float("-inf"), tl.float32)
+    total = tl.zeros(i.shape, tl.float32)
     for run in range(runs):
-        part = tl.load(parts + (head * runs + run) * Cq + i, mask=i < Cq, other=0.0)
+        part = tl.load(parts + run * Cq + i, mask=i < Cq, other=0.0)
         above = tl.maximum(top, part)
         base = tl.where(above == float("-inf"), 0.0, above)
         total = total * tl.exp(top - base) + tl.exp(part - base)
         top = above
     if OUTPUT_ERROR:
         top += tl.log(total)
-    tl.store(shift + head * Cq + i, 2 * top, mask=i < Cq)
+    return 2 * top
+
+
+@triton.jit
+def shift_kernel(parts, shift, runs, Cq, OUTPUT_ERROR: tl.constexpr, BLOCK: tl.constexpr):
+    """shift [B,H,Cq]: _shift of parts [B,H,runs,Cq]."""
+    head = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(shift + head * Cq + i, _shift(parts + head * runs * Cq, runs, Cq, i, OUTPUT_ERROR), mask=i < Cq)
 
 
 @triton.jit
@@ -35,90 +42,88 @@ def _sizes(offsets, count, blocks):
 
 
 @triton.jit
-def _found(state, at, DIGITS: tl.constexpr, PASSES: tl.constexpr):
-    """Where the state before pass `at` lies: (key so far, area of larger keys)."""
-    return state + PASSES * DIGITS + 1 + 2 * at
-
-
-@triton.jit
-def _next_digit(state, at, DIGITS: tl.constexpr, PASSES: tl.constexpr):
-    """(key so far, area of larger keys) after pass `at`, which has filled its areas."""
+def _found(state, at: tl.constexpr, DIGITS: tl.constexpr, PASSES: tl.constexpr):
+    """(the first `at` digits of the code, area of the blocks above all codes that begin so)."""
     budget = tl.load(state + PASSES * DIGITS)
     d = tl.arange(0, DIGITS)
-    area = tl.load(state + at * DIGITS + d)
-    so_far = tl.load(_found(state, at, DIGITS, PASSES))
-    larger = tl.load(_found(state, at, DIGITS, PASSES) + 1)
-    upwards = tl.sum(area, 0) - tl.cumsum(area, 0)  # of larger digits
-    digit = DIGITS - tl.sum((larger + upwards <= budget).to(tl.int64), 0)
-    return so_far * DIGITS + digit, larger + tl.sum(tl.where(d > digit, area, 0), 0)
+    code = tl.zeros([], tl.int32)
+    larger = tl.zeros([], tl.int64)
+    for number in tl.static_range(at):
+        area = tl.load(state + number * DIGITS + d)
+        fits = (d > 0) & (area <= budget)
+        code = code * DIGITS + (DIGITS - 1 - tl.sum(fits.to(tl.int32), 0))
+        larger = tl.maximum(larger, tl.max(tl.where(fits, area, 0), 0))
+    return code, larger
 
 
 @triton.jit
-def digits_kernel(
-    error, shift, query_offsets, key_offsets, density, state, ties,
-    H, Cq, Ck, video_queries, video_keys, stride_b, stride_h, stride_q, stride_k,
-    PASS: tl.constexpr, FULL: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, DIGITS: tl.constexpr, PASSES: tl.constexpr, STATE: tl.constexpr,
+def search_kernel(
+    error, codes, parts, query_offsets, key_offsets, density, state, ties,
+    runs, H, Cq, Ck, video_queries, video_keys, stride_b, stride_h, stride_q, stride_k,
+    PASS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SEGMENT: tl.constexpr,
+    LEAST_ERROR: tl.constexpr, STEPS: tl.constexpr, MOST_CODE: tl.constexpr,
+    DIGITS: tl.constexpr, PASSES: tl.constexpr, STATE: tl.constexpr,
 ):  # fmt: skip
-    """Pass 0..3 sums areas by digit; pass 4 those of the blocks that equal the key found, row by row.
+    """Pass 0..3 sums the areas that decide on a digit; pass 4 those of the blocks of the code found, row by row.
 
-    A program takes ROWS query blocks of a head and all key blocks. FULL: the area of a pair of full blocks. Most
-    pairs are full and are only counted; the areas of the others are added one by one.
+    A program takes ROWS query blocks and SEGMENT key blocks of a head. Pass 0 writes the codes, of all blocks.
     """
-    head, batch = tl.program_id(1), tl.program_id(2)
-    row = batch.to(tl.int64) * H + head
-    state += batch.to(tl.int64) * STATE
-    first = (head == 0) & (tl.program_id(0) == 0)
-    if PASS == 0:
-        if first:
+    row = tl.program_id(2).to(tl.int64)
+    batch, head = row // H, row % H
+    state += batch * STATE
+    if PASS == 0:  # noqa: SIM102 - a constant, the other condition is not
+        if (head == 0) & (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
             pairs = tl.zeros([], tl.int64)
             for h in range(H):
                 queries = tl.load(query_offsets + (row + h) * (Cq + 1) + video_queries).to(tl.int64)
                 pairs += queries * tl.load(key_offsets + (row + h) * (Ck + 1) + video_keys)
             budget = (pairs.to(tl.float64) * tl.load(density + batch)).to(tl.int64)
             tl.store(state + PASSES * DIGITS, budget)
-        so_far = tl.zeros([], tl.uint32)
-    else:
-        so_far, larger = _next_digit(state, PASS - 1, DIGITS, PASSES)
-        if first:
-            tl.store(_found(state, PASS, DIGITS, PASSES), so_far)
-            tl.store(_found(state, PASS, DIGITS, PASSES) + 1, larger)
-        so_far = so_far.to(tl.uint32)
+    flat: tl.constexpr = ROWS * COLUMNS
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     rows = tl.where(i < video_queries, _sizes(query_offsets + row * (Cq + 1), Cq, i), 0)
-    start = error + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
-    start += i.to(tl.int64)[:, None] * stride_q
-    off = tl.load(shift + row * Cq + i, mask=i < Cq, other=0.0)
-    found = tl.zeros([DIGITS], tl.int64)
-    tied = tl.zeros([ROWS], tl.int64)
-    for at in range(0, video_keys, COLUMNS):
+    start = batch * stride_b + head * stride_h + i.to(tl.int64)[:, None] * stride_q
+    code_so_far, _larger = _found(state, PASS, DIGITS, PASSES)
+    d = tl.arange(0, DIGITS)
+    if PASS == 0:
+        off = _shift(parts + row * runs * Cq, runs, Cq, i, True)
+    if PASS == PASSES:
+        tied = tl.zeros([ROWS], tl.int32)
+    else:
+        least = (code_so_far * DIGITS + d) * DIGITS ** (PASSES - 1 - PASS)
+        found = tl.zeros([flat, DIGITS], tl.int32)
+    first = tl.program_id(1) * SEGMENT
+    for at in range(first, tl.minimum(first + SEGMENT, Ck), COLUMNS):
         j = at + tl.arange(0, COLUMNS)
         columns = tl.where(j < video_keys, _sizes(key_offsets + row * (Ck + 1), Ck, j), 0)
-        area = rows.to(tl.int64)[:, None] * columns[None, :]
-        there = area > 0
-        e = tl.load(start + j.to(tl.int64)[None, :] * stride_k, mask=there, other=0.0) - off[:, None]
-        key = ordered_bits(e)
-        there = there & (e == e)
-        if PASS > 0:
-            there = there & ((key >> (32 - 8 * PASS)) == so_far)
-        if PASS == PASSES:
-            tied += tl.sum(tl.where(there, area, 0), 1)
+        inside = (i < Cq)[:, None] & (j < Ck)[None, :]
+        place = start + j.to(tl.int64)[None, :] * stride_k
+        if PASS == 0:
+            e = tl.load(error + place, mask=inside, other=0.0) - off[:, None]
+            code = tl.minimum(tl.maximum((e - LEAST_ERROR) * STEPS, 0.0), MOST_CODE).to(tl.int32)
+            code = tl.where(e == e, code, _UNKNOWN)
+            tl.store(codes + place, (code - 32768).to(tl.int16), mask=inside)
         else:
-            digit = ((key >> (24 - 8 * PASS)) & 255).to(tl.int32)
-            usual = there & (area == FULL)
-            flat: tl.constexpr = ROWS * COLUMNS
-            found += tl.histogram(tl.reshape(digit, [flat]), DIGITS, mask=tl.reshape(usual, [flat]))
-            tl.atomic_add(state + PASS * DIGITS + digit, area, mask=there & (area != FULL), sem="relaxed")
+            code = tl.load(codes + place, mask=inside, other=0).to(tl.int32) + 32768
+        keys = tl.where(code == _UNKNOWN, 0, columns[None, :])
+        if PASS == PASSES:
+            tied += tl.sum(tl.where(code == code_so_far, keys, 0), 1)
+        else:
+            at_least = tl.reshape(code, [flat])[:, None] >= least[None, :]
+            found += tl.where(at_least, tl.reshape(keys, [flat])[:, None], 0)
+    # Keys fit into 32 bits, pairs do not.
     if PASS == PASSES:
-        tl.store(ties + row * Cq + i, tied, mask=i < Cq)
+        spent = tied.to(tl.int64) * rows
+        tl.atomic_add(ties + row * Cq + i, spent, mask=(i < Cq) & (spent > 0), sem="relaxed")
     else:
-        d = tl.arange(0, DIGITS)
-        tl.atomic_add(state + PASS * DIGITS + d, found * FULL, mask=found > 0, sem="relaxed")
+        times = tl.reshape(tl.zeros([ROWS, COLUMNS], tl.int32) + rows[:, None], [flat])
+        of_all = tl.sum(found.to(tl.int64) * times[:, None], 0)
+        tl.atomic_add(state + PASS * DIGITS + d, of_all, mask=(d > 0) & (of_all > 0), sem="relaxed")
 
 
 @triton.jit
 def lists_kernel(
-    kept, error, gap, shift, query_offsets, key_offsets, state, ties, bias, count, blocks, areas,
+    kept, codes, gap, query_offsets, key_offsets, state, ties, bias, count, blocks, areas,
     H, Cq, Ck, video_queries, video_keys, stride_b, stride_h, stride_q, stride_k,
     CHOOSE: tl.constexpr, COMPENSATE: tl.constexpr, WITH_GAP: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, QUERY_TILE: tl.constexpr, KEY_TILE: tl.constexpr,
@@ -126,7 +131,7 @@ def lists_kernel(
 ):  # fmt: skip
     """Decides what is kept; writes lists, biases and areas for ROWS query blocks of a head at a time.
 
-    CHOOSE: the key that digits_kernel found decides; otherwise kept [B,H,Cq,Ck] does.
+    CHOOSE: the code that search_kernel found decides; otherwise kept [B,H,Cq,Ck] does.
     """
     head, batch = tl.program_id(1), tl.program_id(2)
     row = batch.to(tl.int64) * H + head
@@ -139,11 +144,9 @@ def lists_kernel(
     executed = tl.zeros([ROWS], tl.int64)
     if CHOOSE:
         state += batch.to(tl.int64) * STATE
-        found = _found(state, PASSES, DIGITS, PASSES)
-        key_found = tl.load(found).to(tl.uint32)
-        left = tl.load(state + PASSES * DIGITS) - tl.load(found + 1)
-        off = tl.load(shift + row * Cq + i, mask=i < Cq, other=0.0)
-        # Blocks that equal the key, in the rows before this one: few rows have any.
+        code_found, larger = _found(state, PASSES, DIGITS, PASSES)
+        left = tl.load(state + PASSES * DIGITS) - larger
+        # Blocks of the code that was found, in the rows before this one.
         own = tl.load(ties + row * Cq + i, mask=i < Cq, other=0)
         before = tl.cumsum(own, 0) - own
         if tl.sum(own, 0) > 0:
@@ -159,14 +162,12 @@ def lists_kernel(
         place = start + j.to(tl.int64)[None, :] * stride_k
         video = (i < video_queries)[:, None] & (j < video_keys)[None, :]
         if CHOOSE:
-            e = tl.load(error + place, mask=inside, other=0.0) - off[:, None]
-            key = ordered_bits(e)
-            area = rows.to(tl.int64)[:, None] * columns[None, :]
-            tie = video & (e == e) & (key == key_found)
-            spent = tl.where(tie, area, 0)
-            through = before[:, None] + tl.cumsum(spent, 1)
-            before += tl.sum(spent, 1)
-            chosen = (e != e) | (key > key_found) | (tie & (through <= left))
+            code = tl.load(codes + place, mask=inside, other=0).to(tl.int32) + 32768
+            tie = video & (code == code_found)
+            keys = tl.where(tie, columns[None, :], 0)
+            through = before[:, None] + tl.cumsum(keys, 1).to(tl.int64) * rows[:, None]
+            before += tl.sum(keys, 1).to(tl.int64) * rows
+            chosen = (code > code_found) | (tie & (through <= left))
             keep = (columns > 0)[None, :] & ((chosen & (rows > 0)[:, None]) | ~video)
         else:
             keep = tl.load(kept + out + j[None, :], mask=inside, other=0) != 0

@@ -68,3 +68,10 @@ def test_rows_are_brought_to_one_scale(routing):
     want = route.select(finished, *of[1:], routing, 0.3, True)
     assert torch.equal(got.kept_count, want.kept_count)
     assert torch.equal(got.areas, want.areas)
+
+
+def test_areas_beyond_32_bits():
+    of = case((1, 2, 4, 6), (0, 0), errors="ties")
+    huge = [torch.arange(n + 1, dtype=torch.int32).expand(1, 2, -1) * 75_600 for n in (4, 6)]
+    for density in (0.3, 0.8):
+        check(of._replace(query_offsets=huge[0], key_offsets=huge[1]), "output_error", density)

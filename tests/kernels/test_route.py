@@ -75,7 +75,7 @@ def make_rows_alike(case: Case) -> None:
 def one_budget(case: Case, b: int, density: float) -> set[tuple[int, int, int]]:
     """Greedy over all heads and rows of batch element b, in plain Python."""
     blocks = [
-        (-case.scores.error[b, h, i, j].item(), h, i, j)
+        (-math.floor(512 * case.scores.error[b, h, i, j].item()), h, i, j)
         for h in range(case.key_sizes.shape[1])
         for i in range(case.video[0])
         for j in range(case.video[1])
@@ -265,7 +265,7 @@ def test_areas_beyond_32_bits_are_exact() -> None:
     exact, executed = route.areas(torch.ones(1, 40, 3, 3, dtype=torch.bool), sizes, sizes).tolist()
     assert exact == 360 * 75_600**2
     assert executed == 360 * 75_648 * 75_648
-    scores = probe.Scores(*(torch.arange(360.0).view(1, 40, 3, 3) for _ in range(3)))
+    scores = probe.Scores(*(torch.arange(360.0).view(1, 40, 3, 3) / 16 for _ in range(3)))
     for routing in ROUTINGS:
         kept = route.route(scores, sizes, sizes, 3, 3, routing, 1.0)
         assert kept.all()

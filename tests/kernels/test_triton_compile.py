@@ -283,10 +283,10 @@ def test_hopper(tmp_path, head_dim, dtype, terms):
 @pytest.mark.parametrize("capability", SMALL_KERNELS_ON, ids=named)
 def test_routing(tmp_path, capability):
     kernels = [(triton_route.shift_kernel, triton_route.shift_meta(True), ())]
-    kernels += [(triton_route.digits_kernel, triton_route.digits_meta(number), ()) for number in range(5)]
+    kernels += [(triton_route.search_kernel, triton_route.search_meta(number), ()) for number in range(5)]
     kernels += [
         (triton_route.lists_kernel, triton_route.lists_meta(True, True, True), ("kept",)),
-        (triton_route.lists_kernel, triton_route.lists_meta(False, True, False), ("shift", "state", "ties")),
+        (triton_route.lists_kernel, triton_route.lists_meta(False, True, False), ("codes", "state", "ties")),
     ]
     for kernel, options, absent in kernels:
         check(compiled(kernel, capability, torch.bfloat16, options, None, absent), tmp_path, capability, None)
