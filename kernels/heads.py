@@ -24,13 +24,12 @@ def on_device(chosen: Sequence[bool], device: torch.device) -> Heads:
     copy would make the host wait. The number of launches is the same for any choice."""
     words = [chosen[i : i + _WORD] for i in range(0, len(chosen), _WORD)]
     bits = [
-        torch.bitwise_right_shift(sum(on << h for h, on in enumerate(word)), _count(len(word), device)) & 1
+        torch.bitwise_right_shift(
+            sum(on << h for h, on in enumerate(word)), torch.arange(len(word), device=device)
+        )
+        & 1
         for word in words
     ]
     is_chosen = torch.cat(bits)
     numbers = is_chosen.argsort(descending=True, stable=True)[: sum(chosen)]
     return Heads(numbers, torch.where(is_chosen > 0, is_chosen.cumsum(0) - 1, -1).int())
-
-
-def _count(n: int, device: torch.device) -> Tensor:
-    return torch.arange(n, dtype=torch.int64, device=device)

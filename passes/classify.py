@@ -17,10 +17,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import Protocol
 
 import torch
 from torch import fx
+
+from svg_ear_compile.settings import Settings
 
 from .evidence import OTHER_TOKENS, Answer, Evidence, find_evidence, packed_layout
 from .fx_utils import without_numbers
@@ -40,16 +41,7 @@ _PROJECTED = re.compile(r"query|key|value|q|k|v|___stack\d+")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-class Thresholds(Protocol):
-    """What classify reads of the settings."""
-
-    @property
-    def min_tokens(self) -> int | None: ...
-    @property
-    def sites(self) -> tuple[str, ...]: ...
-
-
-def classify(gm: fx.GraphModule, settings: Thresholds, example_inputs: Sequence[object] = ()) -> list[Site]:
+def classify(gm: fx.GraphModule, settings: Settings, example_inputs: Sequence[object] = ()) -> list[Site]:
     """One Site per SDPA call of a Dynamo graph, in order. Reads the graph only, and installs no guards.
 
     example_inputs: the arguments that Dynamo hands to a backend; values of rotary tables among them are read.
@@ -70,7 +62,7 @@ def pattern_of(path: str) -> str:
 
 
 def _site(
-    index: int, call: AttentionNode, axes: Axes, settings: Thresholds, example_inputs: Sequence[object]
+    index: int, call: AttentionNode, axes: Axes, settings: Settings, example_inputs: Sequence[object]
 ) -> Site:
     q, k, v = (axes.of.get(n) for n in (call.query, call.key, call.value))
     mask, bad_mask, key_mask = read_mask(call)

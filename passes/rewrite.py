@@ -19,12 +19,13 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import fx
 
 from svg_ear_compile.kernels import ops
+from svg_ear_compile.settings import Settings
 
 from .fx_utils import copy_graph, remove_unused
 from .match import AttentionNode, match
@@ -32,24 +33,7 @@ from .site import Site
 from .sizes import Extent, example, hint
 
 
-class SiteSettings(Protocol):
-    """What rewrite reads of the settings: they become constants of the ops."""
-
-    @property
-    def density(self) -> float | None: ...
-    @property
-    def order(self) -> str: ...
-    @property
-    def routing(self) -> str: ...
-    @property
-    def compensate(self) -> bool: ...
-    @property
-    def seed(self) -> int: ...
-    @property
-    def merge(self) -> bool: ...
-
-
-def rewrite(gm: fx.GraphModule, sites: Sequence[Site], settings: SiteSettings) -> fx.Graph:
+def rewrite(gm: fx.GraphModule, sites: Sequence[Site], settings: Settings) -> fx.Graph:
     """A copy of gm's graph in which every site with a verdict to rewrite calls our ops."""
     graph, copies = copy_graph(gm.graph)
     calls = {call.node: call for call in match(gm.graph).calls}
@@ -72,7 +56,7 @@ def _replace(
     graph: fx.Graph,
     call: AttentionNode,
     site: Site,
-    settings: SiteSettings,
+    settings: Settings,
     copies: dict[fx.Node, fx.Node],
     sizes: dict[tuple[fx.Node, int], fx.Node | int],
 ) -> None:

@@ -32,7 +32,7 @@ from .passes.sources import is_activation
 from .passes.subgraphs import inline_regions
 from .precedence import Resolved, resolve
 from .reporting import GraphRecord, SiteRecord, diagnostics, records
-from .runtime import step_clock
+from .runtime import generations
 from .runtime.key_padding import MaskSource
 from .runtime.wrapper import RuntimePlan, SparseCallable
 from .settings import Settings
@@ -235,7 +235,7 @@ def _video_position(placeholders: list[fx.Node], example_inputs: Sequence[Any]) 
 def reset() -> None:
     """What torch._dynamo.reset() calls: nothing of svg_ear outlives it."""
     records.clear()
-    step_clock.reset()
+    generations.end_all()
     diagnostics.clear()
 
 

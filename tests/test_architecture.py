@@ -31,7 +31,7 @@ def test_arrows(name: str) -> None:
     assert is_triton or not within(names, "triton"), "triton is imported by triton and hopper files alone"
     if home == "passes":
         assert kernels <= {f"{PACKAGE}.kernels.ops"}, "passes see the kernels through their ops"
-        assert root <= {f"{PACKAGE}.compat"}
+        assert root <= {f"{PACKAGE}.compat", f"{PACKAGE}.settings"}
     elif home == "passes/provenance":
         outside = {other for other in passes if architecture.folder(other) != home}
         assert outside <= {f"{PACKAGE}.passes.{stem}" for stem in ("fx_utils", "sizes", "sources")}

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..cli import size_argument
 from . import Outcome, progress
 
 if TYPE_CHECKING:
@@ -35,15 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heads", type=int, help="default: 2 on a CPU, 12 on a GPU")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
-        "--grid", type=_grid, action="append", help="FRAMESxHEIGHTxWIDTH in tokens; may be given again"
+        "--grid",
+        type=size_argument,
+        action="append",
+        help="FRAMESxHEIGHTxWIDTH in tokens; may be given again",
     )
     parser.add_argument("--out", type=Path, help="also write the JSON to this path")
-
-
-def _grid(text: str) -> tuple[int, ...]:
-    from ..cli import size_argument
-
-    return size_argument(text)
 
 
 def run(arguments: argparse.Namespace) -> Outcome:

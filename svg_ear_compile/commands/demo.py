@@ -8,12 +8,11 @@ import json
 import sys
 from pathlib import Path
 
+from ..cli import size_argument
 from . import Outcome
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from ..cli import size_argument
-
     add = parser.add_argument
     add("--steps", type=int, help="sampling steps (default: 10 on a CPU, 30 on a GPU)")
     add("--size", type=size_argument, help="FxHxW in pixels (default: 16x64x64, on a GPU 16x128x128)")

@@ -9,6 +9,7 @@ are read in each call of the model.
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Hashable
 from typing import Any
 
@@ -39,17 +40,13 @@ def packed_rows(
     known: dict[Hashable, Any] = calls.read if untold else generation.memos
     key, state = ("packed", calls.number), [0 if untold else compat.version(x) for x in tensors]
     before = known.get(key)
-    if before is not None and before[1] == state and all(map(_is, before[0], tensors)):
+    if before is not None and before[1] == state and all(map(operator.is_, before[0], tensors)):
         return before[2]
     if frozen:
         return None
     found = read(*(x.detach().to("cpu", copy=True) for x in tensors))
     known[key] = tensors, state, found
     return found
-
-
-def _is(one: object, other: object) -> bool:
-    return one is other
 
 
 def read(video: Tensor, positions: Tensor) -> Packed | None:

@@ -116,11 +116,6 @@ def _of_loop(caller: Caller, memory: dict[str, Any]) -> Generation:
     return generation
 
 
-def reset() -> None:
-    """Every generation that runs is over."""
-    generations.end_all()
-
-
 @contextmanager
 def generation(num_steps: int | None = None, branches: int | None = None) -> Iterator[None]:
     """Says how many steps your own sampling loop has, and how often it calls the model in each step.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,20 +18,10 @@ from svg_ear_compile.passes.match import Matches, in_words, match
 from svg_ear_compile.passes.rewrite import rewrite
 from svg_ear_compile.passes.site import GraphInputs, Site
 from svg_ear_compile.passes.subgraphs import inline_regions
+from svg_ear_compile.settings import Settings
 
-
-@dataclass
-class Knobs:
-    """The settings that passes read, for tiny models."""
-
-    density: float | None = 1.0
-    min_tokens: int | None = 1
-    sites: tuple[str, ...] = ()
-    order: str = "auto"
-    routing: str = "output_error"
-    compensate: bool = True
-    seed: int = 0
-    merge: bool = True
+Knobs = partial(Settings, density=1.0, min_tokens=1)
+"""Settings for tiny models."""
 
 
 @dataclass
@@ -65,7 +56,7 @@ def hosted(run: Callable[..., Any]) -> Callable[..., Any]:
 class Backend:
     """A torch.compile backend. inner: what runs a graph at last, by default its own forward."""
 
-    knobs: Knobs = field(default_factory=Knobs)
+    knobs: Settings = field(default_factory=Knobs)
     rewrites: bool = False
     inner: Callable[[fx.GraphModule, list[Any]], Any] = field(default=lambda gm, _: gm.forward)
     captured: list[Captured] = field(default_factory=list)

@@ -26,7 +26,7 @@ from toy import ToyInputs, ToyVideo, compiled
 
 import svg_ear_compile
 from svg_ear_compile.backend import reset
-from svg_ear_compile.runtime import step_clock
+from svg_ear_compile.runtime import generations
 
 pytestmark = pytest.mark.filterwarnings("error:svg_ear")
 
@@ -55,7 +55,7 @@ def compiled_once() -> Iterator[Model]:
 @pytest.fixture
 def model(compiled_once: Model) -> Model:
     """Compiled, but no generation of it was begun."""
-    step_clock.reset()
+    generations.end_all()
     return compiled_once
 
 

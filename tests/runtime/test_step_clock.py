@@ -21,9 +21,9 @@ from svg_ear_compile.runtime.caller import caller
 
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
-    step_clock.reset()
+    generations.end_all()
     yield
-    step_clock.reset()
+    generations.end_all()
 
 
 class Spy:

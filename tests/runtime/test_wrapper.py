@@ -13,7 +13,7 @@ from runtime.callers import AS_IT_IS, MASK, STEERED, Model, Pipeline, callable_o
 from torch import Tensor
 
 from svg_ear_compile.kernels import context
-from svg_ear_compile.runtime import step_clock
+from svg_ear_compile.runtime import generations
 from svg_ear_compile.runtime.generations import Generation
 from svg_ear_compile.runtime.head_variants import RESPLIT
 from svg_ear_compile.runtime.key_padding import MaskSource
@@ -21,9 +21,9 @@ from svg_ear_compile.runtime.key_padding import MaskSource
 
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
-    step_clock.reset()
+    generations.end_all()
     yield
-    step_clock.reset()
+    generations.end_all()
 
 
 def test_dense_reasons_are_sentences() -> None:
