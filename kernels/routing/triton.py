@@ -5,9 +5,8 @@ equals the lowest index, while their areas fit into it. Instead of sorting, the 
 does not fit is found digit by digit:
 
     code = the error - shift in steps, an integer of 16 bits (kernels/routing/torch.py)
-    four times, 4 bits at a time: for the 15 codes c that begin with the digits found so far and then 1..15,
-        area[c] = sum of |Q_i| n_j over the blocks of at least this code
-        the next digit is the least d with area[found so far, d + 1, 0...] <= budget
+    four times, 4 bits at a time: area[d] = sum of |Q_i| n_j over blocks with the digits found so far, then d
+        the next digit is the least d with (area of larger codes) + sum_{e > d} area[e] <= budget
 
 Then everything above the code is kept, and of the blocks that equal it as many as fit, in their order; `ties`
 knows their areas row by row. Areas are summed as integers, so atomic additions in any order give the
@@ -33,9 +32,9 @@ from . import torch as route
 from .torch import LEAST_ERROR, MOST_CODE, STEPS, Routed
 from .triton_kernel import lists_kernel, search_kernel, shift_kernel
 
-_DIGITS, _PASSES = 16, 4
+_BITS, _PASSES = 4, 4
 # Per batch element, int64: areas of each pass, then the budget.
-_STATE = _PASSES * _DIGITS + 1
+_STATE = _PASSES * 2**_BITS + 1
 
 
 def shift_of(scores: RowScores, routing: str) -> Tensor:
@@ -79,7 +78,11 @@ def select(
         densities = torch.full((B,), density, dtype=torch.float64, device=device)
         for number in range(_PASSES + 1):
             options = search_meta(number)
-            grid = (triton.cdiv(Cq, options["ROWS"]), triton.cdiv(Ck, options["SEGMENT"]), B * H)
+            grid = (
+                triton.cdiv(Cq, options["ROWS"]),
+                triton.cdiv(Ck, options["STRIPS"] * options["COLUMNS"]),
+                B * H,
+            )
             search_kernel[grid](
                 error, codes, scores.parts, query_offsets, key_offsets, densities, state, ties,
                 scores.parts.shape[2], *sizes, **options,
@@ -107,16 +110,17 @@ def shift_meta(output_error: bool) -> dict[str, Any]:
 def search_meta(number: int) -> dict[str, Any]:
     """search_kernel's."""
     return {
-        "PASS": number, "ROWS": 64, "COLUMNS": 8, "SEGMENT": 256, "LEAST_ERROR": LEAST_ERROR, "STEPS": STEPS,
-        "MOST_CODE": MOST_CODE, "DIGITS": _DIGITS, "PASSES": _PASSES, "STATE": _STATE, "num_warps": 8,
+        "PASS": number, "QUERY_TILE": QUERY_BLOCK, "KEY_TILE": KEY_BLOCK,
+        "ROWS": 64, "COLUMNS": 8, "STRIPS": 2**_BITS - 1,
+        "LEAST_ERROR": LEAST_ERROR, "STEPS": STEPS, "MOST_CODE": MOST_CODE,
+        "BITS": _BITS, "PASSES": _PASSES, "STATE": _STATE, "num_warps": 4,
     }  # fmt: skip
 
 
 def lists_meta(choose: bool, compensate: bool, with_gap: bool) -> dict[str, Any]:
     """lists_kernel's."""
-    # Whole lines of 32 query blocks; twice as many columns would spill.
     return {
-        "CHOOSE": choose, "COMPENSATE": compensate, "WITH_GAP": with_gap, "ROWS": 32,
-        "COLUMNS": 64, "QUERY_TILE": QUERY_BLOCK, "KEY_TILE": KEY_BLOCK, "DIGITS": _DIGITS,
-        "PASSES": _PASSES, "STATE": _STATE, "num_warps": 8,
+        "CHOOSE": choose, "COMPENSATE": compensate, "WITH_GAP": with_gap, "ROWS": 16,
+        "COLUMNS": 64, "QUERY_TILE": QUERY_BLOCK, "KEY_TILE": KEY_BLOCK, "BITS": _BITS,
+        "PASSES": _PASSES, "STATE": _STATE, "num_warps": 4,
     }  # fmt: skip

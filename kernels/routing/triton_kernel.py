@@ -50,9 +50,10 @@ def _found(state, at: tl.constexpr, DIGITS: tl.constexpr, PASSES: tl.constexpr):
     larger = tl.zeros([], tl.int64)
     for number in tl.static_range(at):
         area = tl.load(state + number * DIGITS + d)
-        fits = (d > 0) & (area <= budget)
-        code = code * DIGITS + (DIGITS - 1 - tl.sum(fits.to(tl.int32), 0))
-        larger = tl.maximum(larger, tl.max(tl.where(fits, area, 0), 0))
+        upwards = tl.sum(area, 0) - tl.cumsum(area, 0)  # of larger digits
+        digit = DIGITS - tl.sum((larger + upwards <= budget).to(tl.int32), 0)
+        code = code * DIGITS + digit
+        larger += tl.sum(tl.where(d > digit, area, 0), 0)
     return code, larger
 
 
@@ -60,14 +61,18 @@ def _found(state, at: tl.constexpr, DIGITS: tl.constexpr, PASSES: tl.constexpr):
 def search_kernel(
     error, codes, parts, query_offsets, key_offsets, density, state, ties,
     runs, H, Cq, Ck, video_queries, video_keys, stride_b, stride_h, stride_q, stride_k,
-    PASS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SEGMENT: tl.constexpr,
+    PASS: tl.constexpr, QUERY_TILE: tl.constexpr, KEY_TILE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIPS: tl.constexpr,
     LEAST_ERROR: tl.constexpr, STEPS: tl.constexpr, MOST_CODE: tl.constexpr,
-    DIGITS: tl.constexpr, PASSES: tl.constexpr, STATE: tl.constexpr,
+    BITS: tl.constexpr, PASSES: tl.constexpr, STATE: tl.constexpr,
 ):  # fmt: skip
-    """Pass 0..3 sums the areas that decide on a digit; pass 4 those of the blocks of the code found, row by row.
+    """Pass 0..3 sums areas by digit; pass 4 those of the blocks of the code found, row by row.
 
-    A program takes ROWS query blocks and SEGMENT key blocks of a head. Pass 0 writes the codes, of all blocks.
+    A program takes ROWS query blocks and STRIPS times COLUMNS key blocks of a head. Pass 0 writes the codes, of all
+    blocks. Most pairs are of full blocks and are only counted: STRIPS counts fit into the BITS bits of each digit in a
+    word. The areas of the others are added one by one.
     """
+    DIGITS: tl.constexpr = 2**BITS
     row = tl.program_id(2).to(tl.int64)
     batch, head = row // H, row % H
     state += batch * STATE
@@ -79,21 +84,16 @@ def search_kernel(
                 pairs += queries * tl.load(key_offsets + (row + h) * (Ck + 1) + video_keys)
             budget = (pairs.to(tl.float64) * tl.load(density + batch)).to(tl.int64)
             tl.store(state + PASSES * DIGITS, budget)
-    flat: tl.constexpr = ROWS * COLUMNS
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     rows = tl.where(i < video_queries, _sizes(query_offsets + row * (Cq + 1), Cq, i), 0)
     start = batch * stride_b + head * stride_h + i.to(tl.int64)[:, None] * stride_q
     code_so_far, _larger = _found(state, PASS, DIGITS, PASSES)
-    d = tl.arange(0, DIGITS)
     if PASS == 0:
         off = _shift(parts + row * runs * Cq, runs, Cq, i, True)
-    if PASS == PASSES:
-        tied = tl.zeros([ROWS], tl.int32)
-    else:
-        least = (code_so_far * DIGITS + d) * DIGITS ** (PASSES - 1 - PASS)
-        found = tl.zeros([flat, DIGITS], tl.int32)
-    first = tl.program_id(1) * SEGMENT
-    for at in range(first, tl.minimum(first + SEGMENT, Ck), COLUMNS):
+    tied = tl.zeros([ROWS], tl.int32)
+    counts = tl.zeros([ROWS, COLUMNS], tl.uint64)
+    first = tl.program_id(1) * STRIPS * COLUMNS
+    for at in range(first, tl.minimum(first + STRIPS * COLUMNS, Ck), COLUMNS):
         j = at + tl.arange(0, COLUMNS)
         columns = tl.where(j < video_keys, _sizes(key_offsets + row * (Ck + 1), Ck, j), 0)
         inside = (i < Cq)[:, None] & (j < Ck)[None, :]
@@ -105,20 +105,26 @@ def search_kernel(
             tl.store(codes + place, (code - 32768).to(tl.int16), mask=inside)
         else:
             code = tl.load(codes + place, mask=inside, other=0).to(tl.int32) + 32768
-        keys = tl.where(code == _UNKNOWN, 0, columns[None, :])
+        there = (code != _UNKNOWN) & ((code >> (BITS * (PASSES - PASS))) == code_so_far)
         if PASS == PASSES:
-            tied += tl.sum(tl.where(code == code_so_far, keys, 0), 1)
+            tied += tl.sum(tl.where(there, columns[None, :], 0), 1)
         else:
-            at_least = tl.reshape(code, [flat])[:, None] >= least[None, :]
-            found += tl.where(at_least, tl.reshape(keys, [flat])[:, None], 0)
-    # Keys fit into 32 bits, pairs do not.
+            full = (rows == QUERY_TILE)[:, None] & (columns == KEY_TILE)[None, :]
+            others = there & ~full & (rows > 0)[:, None] & (columns > 0)[None, :]
+            area = rows.to(tl.int64)[:, None] * columns[None, :]
+            digit = (code >> (BITS * (PASSES - 1 - PASS))) & (DIGITS - 1)
+            one = tl.full([ROWS, COLUMNS], 1, tl.uint64) << (BITS * digit).to(tl.uint64)
+            counts += tl.where(there & full, one, 0)
+            tl.atomic_add(state + PASS * DIGITS + digit, area, mask=others, sem="relaxed")
     if PASS == PASSES:
         spent = tied.to(tl.int64) * rows
         tl.atomic_add(ties + row * Cq + i, spent, mask=(i < Cq) & (spent > 0), sem="relaxed")
     else:
-        times = tl.reshape(tl.zeros([ROWS, COLUMNS], tl.int32) + rows[:, None], [flat])
-        of_all = tl.sum(found.to(tl.int64) * times[:, None], 0)
-        tl.atomic_add(state + PASS * DIGITS + d, of_all, mask=(d > 0) & (of_all > 0), sem="relaxed")
+        d = tl.arange(0, DIGITS)
+        words = tl.reshape(counts, [ROWS * COLUMNS])
+        each = (words[:, None] >> (BITS * d).to(tl.uint64)[None, :]) & (DIGITS - 1)
+        found = tl.sum(each.to(tl.int32), 0).to(tl.int64) * (QUERY_TILE * KEY_TILE)
+        tl.atomic_add(state + PASS * DIGITS + d, found, mask=found > 0, sem="relaxed")
 
 
 @triton.jit
@@ -127,7 +133,7 @@ def lists_kernel(
     H, Cq, Ck, video_queries, video_keys, stride_b, stride_h, stride_q, stride_k,
     CHOOSE: tl.constexpr, COMPENSATE: tl.constexpr, WITH_GAP: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, QUERY_TILE: tl.constexpr, KEY_TILE: tl.constexpr,
-    DIGITS: tl.constexpr, PASSES: tl.constexpr, STATE: tl.constexpr,
+    BITS: tl.constexpr, PASSES: tl.constexpr, STATE: tl.constexpr,
 ):  # fmt: skip
     """Decides what is kept; writes lists, biases and areas for ROWS query blocks of a head at a time.
 
@@ -144,8 +150,8 @@ def lists_kernel(
     executed = tl.zeros([ROWS], tl.int64)
     if CHOOSE:
         state += batch.to(tl.int64) * STATE
-        code_found, larger = _found(state, PASSES, DIGITS, PASSES)
-        left = tl.load(state + PASSES * DIGITS) - larger
+        code_found, larger = _found(state, PASSES, 2**BITS, PASSES)
+        left = tl.load(state + PASSES * 2**BITS) - larger
         # Blocks of the code that was found, in the rows before this one.
         own = tl.load(ties + row * Cq + i, mask=i < Cq, other=0)
         before = tl.cumsum(own, 0) - own
