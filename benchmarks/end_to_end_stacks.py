@@ -19,7 +19,9 @@ def fp8(pipe: Any) -> None:
 
     on_cpu = pipe.transformer.device.type == "cpu"
     config = (
-        Int8WeightOnlyConfig() if on_cpu else Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
+        Int8WeightOnlyConfig()
+        if on_cpu
+        else Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
     )
     blocks = next(x for x in pipe.transformer.children() if isinstance(x, torch.nn.ModuleList))
     quantize_(blocks, config)

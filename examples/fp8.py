@@ -24,7 +24,7 @@ except ImportError:
 
 run = start(__doc__, "wan", "Wan-AI/Wan2.1-T2V-14B-Diffusers")
 run.pipe.to(run.device)
-fp8 = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
+fp8 = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
 quantize_(run.pipe.transformer.blocks, fp8 if run.device.type == "cuda" else Int8WeightOnlyConfig())
 print(svg_ear_compile.enable(run.pipe, quality="balanced", **run.settings))
 call = run.call(prompt="a cat walks on the grass", height=720, width=1280, num_frames=81)
