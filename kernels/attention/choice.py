@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from functools import cache
 from typing import NamedTuple
 
@@ -17,7 +19,7 @@ GLUON_VERSIONS = ((3, 6), (3, 9))
 class Choice(NamedTuple):
     """What runs, for the report.
 
-    name: "PyTorch" (torch.py), "Triton" (triton.py), "Gluon for Hopper" (hopper.py), or
+    name: "PyTorch" (torch.py), "C++" (cpp.py), "Triton" (triton.py), "Gluon for Hopper" (hopper.py), or
     "dense" where none of them can run. reason: why it is no faster one, in words; "" for the fastest.
     """
 
@@ -30,7 +32,14 @@ def attention_kernel(
 ) -> Choice:
     """The kernel of a sparse call of `svg_ear::attention`. variable: blocks of any size (order "kmeans")."""
     if device.type != "cuda":
-        return Choice("PyTorch", f"the tensors are on {device.type}; the Triton kernels run on CUDA GPUs")
+        reason = f"the tensors are on {device.type}; the Triton kernels run on CUDA GPUs"
+        if device.type != "cpu" or variable:
+            return Choice("PyTorch", reason)
+        if cpp_compiler() is None:
+            return Choice(
+                "PyTorch", f"{reason}; there is no C++ compiler to build the faster kernel for CPUs"
+            )
+        return Choice("C++", reason)
     if head_dim > MAX_HEAD_DIM:
         return Choice("dense", f"head_dim is {head_dim}; the Triton kernels take up to {MAX_HEAD_DIM}")
     try:
@@ -39,6 +48,12 @@ def attention_kernel(
         return Choice("dense", f"Triton cannot be imported ({error}); install the one of this PyTorch")
     why_not = why_not_hopper(capability(device), dtype, head_dim, variable, version())
     return Choice("Triton", why_not) if why_not else Choice("Gluon for Hopper", "")
+
+
+def cpp_compiler() -> str | None:
+    """What builds cpp.py's kernel: $CXX, or the first C++ compiler that is found."""
+    names = (os.environ.get("CXX"), "c++", "g++", "clang++")
+    return next((path for name in names if name and (path := shutil.which(name))), None)
 
 
 def why_not_hopper(

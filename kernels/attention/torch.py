@@ -2,8 +2,9 @@
 
 Per batch element, head and query block: gather the rows that the block meets (tokens of kept blocks,
 centroids of compensated ones), two matrix products and a softmax, all in float32, one rounding at the end.
-Offsets and lists are read on the host once per call, so this path is for the CPU. `variable` (blocks of any
-size?) is the Triton kernels' business and makes no difference here.
+Offsets and lists are read on the host once per call, so this path is for the CPU. `attend` hands equal tiles to the
+kernel in cpp.py where that can be built; for what is computed here `variable` (blocks of any size?) makes no
+difference.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..plan import SparsePlan, Terms
+from . import cpp
 
 
 class _Tile(NamedTuple):
@@ -110,10 +112,13 @@ def attend(
 ) -> Tensor:
     """Both in one: centroids are further keys of one softmax. Writes into out and returns it.
 
+    variable: False promises at most QUERY_BLOCK queries and KEY_BLOCK keys in a block.
     terms: of first order, kernels/attention/first_order.py.
 
     A query that meets nothing, token or centroid, has out 0, as in scaled_dot_product_attention.
     """
+    if not variable and (library := cpp.library_for(query)) is not None:
+        return cpp.attend(library, query, plan, scale, out, terms)
     length, head, tables = plan.key.shape[2], (-1, -1), (query, query)
     places = [] if terms is None else terms.places.tolist()
     for t in _tiles(query, plan):
