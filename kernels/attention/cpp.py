@@ -82,7 +82,7 @@ def attend(
     needed = library.shared_floats(sizes), threads * library.thread_floats(sizes)
     scratch = [torch.empty(n, dtype=torch.float32, device="cpu") for n in needed]
     pointers = [ctypes.c_void_p(x.data_ptr()) for x in (*tensors, *scratch, result)]
-    of_terms = pointers[11:-3] or [None, None]
+    of_terms = pointers[11:-3] or [ctypes.c_void_p(), ctypes.c_void_p()]
     library.attend(sizes, *pointers[:11], *of_terms, ctypes.c_float(scale), threads, *pointers[-3:])
     return out if result is out else out.copy_(result)
 
