@@ -50,5 +50,8 @@ def version() -> str:
 
 
 def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability; (0, 0) without a GPU, under Triton's interpreter."""
+    """Compute capability; (0, 0) without a GPU, under Triton's interpreter. AMD GPUs, whose numbers mean other things,
+    count as 8.0: tiles by pointers, at most 64 KB."""
+    if torch.version.hip:
+        return 8, 0
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)

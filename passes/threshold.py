@@ -20,7 +20,8 @@ MEASURED: dict[tuple[int, int, int], int] = {(9, 0, 64): 10_240, (9, 0, 128): 81
 
 def least_tokens(query: torch.Tensor) -> int:
     """For a query [B,H,L,D]."""
-    if query.device.type != "cuda" or query.dtype not in (torch.bfloat16, torch.float16):
+    is_nvidia = query.device.type == "cuda" and not torch.version.hip
+    if not is_nvidia or query.dtype not in (torch.bfloat16, torch.float16):
         return MIN_TOKENS
     capability = torch.cuda.get_device_capability(query.device)
     return MEASURED.get((*capability, hint(query.shape[3]) or 0), MIN_TOKENS)

@@ -168,6 +168,9 @@ def test_bench(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     told = found(capsys, "bench", "--out", str(out), *arguments)
     assert json.loads(out.read_text()) == told
     assert [row["tokens"] for row in told["rows"]] == [128, 512]
+    assert told["kernel"]["name"] in ("PyTorch", "C++")
+    assert {"python", "torch"} <= set(told["versions"])
+    assert "system" in told["hardware"]
     errors = [row["sparse"]["0.25"]["error"] for row in told["rows"]]
     assert all(0 < error < 1 for error in errors)
     assert cli.main(["bench", *arguments]) == 0

@@ -3,6 +3,8 @@
 One call of attention of --heads heads, from the tokens to the output, with blocks of neighbours in the frame grid.
 Times are medians, in milliseconds; the dense ones are of scaled_dot_product_attention. Errors are relative errors of
 the output on made-up tokens that vary smoothly over the clip: real models have other errors.
+
+--out writes what a report on a GPU that nobody has timed needs: attach it to an issue.
 """
 
 from __future__ import annotations
@@ -47,6 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> Outcome:
     import torch
 
+    from ..kernels.attention.choice import attention_kernel
+    from ..reporting import machine
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     heads = arguments.heads or (12 if device.type == "cuda" else 2)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -62,7 +67,9 @@ def run(arguments: argparse.Namespace) -> Outcome:
         "heads": heads,
         "head_dim": arguments.head_dim,
     }
-    data = {**about, "torch": torch.__version__, "rows": rows, "least_tokens": least}
+    kernel = attention_kernel(device, dtype, arguments.head_dim)
+    machines = {"kernel": kernel._asdict(), "versions": machine.versions(), "hardware": machine.hardware()}
+    data = {**about, **machines, "rows": rows, "least_tokens": least}
     if arguments.out:
         arguments.out.write_text(json.dumps(data, indent=1) + "\n")
     return Outcome(data, _text(data))

@@ -80,3 +80,14 @@ def test_tiles_come_by_tma_where_rows_are_whole_16_bytes(capability: tuple[int, 
             whole = head_dim * dtype.itemsize % 16 == 0
             wanted = whole and capability[0] in (9, 10) and dtype != torch.float32
             assert {c.tma for c in configs} == {wanted}
+
+
+def test_amd_gpus_are_not_taken_for_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ROCm calls its devices cuda, and MI250 has "compute capability" 9.0."""
+    triton_tiles = pytest.importorskip("svg_ear_compile.kernels.triton_tiles")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    device = torch.device("cuda")
+    assert triton_tiles.capability(device) == (9, 0)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert triton_tiles.capability(device) == (8, 0)
+    assert attention_kernel(device, torch.bfloat16, 128).name == "Triton"
