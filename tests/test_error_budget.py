@@ -16,7 +16,7 @@ from svg_ear_compile import tiny_wan
 from svg_ear_compile.reporting import CallError, Report
 
 pytest.importorskip("diffusers")
-LAYERS, TARGET = 8, 0.08
+LAYERS, TARGET = 7, 0.08
 EAGER = {"min_tokens": 1, "inner": "eager", "strict": True, "target_error": TARGET, "max_density": 0.95}
 
 
