@@ -47,6 +47,7 @@ def test_arrows(name: str) -> None:
         own = {
             "functional": {"ops", "planning", "reference", "constants"},
             "doctor": {"attention.choice"},
+            "bench": {"attention.choice"},
             "packed": {"blocks.places"},
         }.get(stem, {"context", "capture"})
         assert kernels <= {f"{PACKAGE}.kernels.{part}" for part in own}
