@@ -28,7 +28,7 @@ class SiteConstants(NamedTuple):
     min_tokens, min_frames: a call with fewer of the video is dense; 0: nothing to check.
     shards: the sequence is that of this many ranks end to end, each with an equal share of the video and of
         the text (kernels/blocks/places.py).
-    packed: which rows are video is told call by call (context.Decisions.packed); num_text and grid are not known.
+    packed: which rows are video differs from call to call (context.Decisions.packed); num_text and grid are not known.
     host: the host decides each call just before it (context.py), so a call without a decision is dense;
         False: the op is called directly.
     """

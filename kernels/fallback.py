@@ -54,18 +54,16 @@ def sparse_or_dense(
     tell the others, the error is raised. Autocast is off in here: the fakes promise the dtype of the query, and
     float32 must stay float32. Triton launches on the current device, which may differ from the query's.
     """
-    call = context.current()
     with torch.cuda.device_of(query), torch.autocast(query.device.type, enabled=False):
         if not is_dense(query, c):
             try:
                 return sparse()
             except Exception as error:  # whatever it was, dense attention is still right
-                # After a CUDA error every further call fails too: falling back would only hide its origin.
-                if isinstance(error, torch.AcceleratorError) or not (alone or context.inside()):
+                if not (alone or context.inside()):
                     raise
-                if call.decisions.strict:
-                    raise SiteError(f"svg_ear: {call.decisions.name_of(c.site)} failed: {error!r}") from error
-                _record_failure(call, c.site, error)
+                call = context.current()
+                note_failure(call.decisions.name_of(c.site), error, "fallback", "ran dense")
+                call.results.dense[c.site] = f"failed: {type(error).__name__}"
         return dense()
 
 
@@ -79,14 +77,15 @@ def _warn_of_no_host() -> None:
     )
 
 
-def _record_failure(call: context.RunContext, site: int, error: Exception) -> None:
-    kind = type(error).__name__
-    call.results.dense[site] = f"failed: {kind}"
-    call.results.fallbacks[f"fallback: {kind}"] += 1
-    warn_once(call, kind, f"{call.decisions.name_of(site)} ran dense because of {error!r}")
-
-
-def warn_once(call: context.RunContext, kind: str, message: str) -> None:
-    if kind not in call.memo.warned:
-        call.memo.warned.add(kind)
-        warnings.warn(f"svg_ear: {message}", RuntimeWarning, stacklevel=4)
+def note_failure(who: str, error: Exception, kind: str, consequence: str) -> None:
+    """Counts a failure, and warns of it once. Raises with strict, and after an error of the device: every further call
+    fails too, and going on would only hide the origin."""
+    call, reason = context.current(), f"{kind}: {type(error).__name__}"
+    if isinstance(error, torch.AcceleratorError):
+        raise error
+    if call.decisions.strict:
+        raise SiteError(f"svg_ear: {who} failed: {error!r}") from error
+    call.results.fallbacks[reason] += 1
+    if reason not in call.memo.warned:
+        call.memo.warned.add(reason)
+        warnings.warn(f"svg_ear: {who} {consequence} because of {error!r}", RuntimeWarning, stacklevel=4)

@@ -176,7 +176,8 @@ def _(query: Tensor, out: Tensor, lse: Tensor, *_: Any) -> Tensor:
 )
 def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, *constants: Any) -> Tensor:
     """The three ops in one call; dense attention in a dense call."""
-    c = context.current().decisions.constants(constants)
+    decisions = context.current().decisions
+    c = decisions.constants(constants)
 
     def sparse() -> Tensor:
         mask = drop_noop_mask(attn_mask, c.site)
@@ -185,7 +186,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | Non
         if c.variable and not c.compensate:  # no centroid counts, so none need be read
             out, _ = kernels_for(query).attention.sparse_exact(query, plan, c.scale_of(query), out)
         else:
-            chosen = context.current().decisions.of(c).first_order
+            chosen = decisions.of(c).first_order
             out = first_order.attend(query, plan, c.scale_of(query), out, c.variable, chosen)
         query_order = plan.query_order
         del plan  # a trial makes others, as large as this one

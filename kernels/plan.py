@@ -79,20 +79,20 @@ def block_counts(length: int, num_text: int, order: str) -> tuple[tuple[int, int
     return (queries, text[0]), (keys, text[1])
 
 
-def empty_plan(query: Tensor, num_text: int, order: str) -> SparsePlan:
-    """A plan's tensors, uninitialised: the fake of `clustered_permute`, and its answer in a dense call."""
-    B, H, L, D = query.shape
+def plan_shapes(like: Tensor, num_text: int, order: str) -> list[tuple[int, ...]]:
+    """The shapes of a plan's tensors, for keys like [B,H,L,D]."""
+    B, H, L, D = like.shape
     (vq, tq), (vk, tk) = block_counts(L, num_text, order)
     Cq, Ck = vq + tq, vk + tk
-
-    def ints(*shape: int) -> Tensor:
-        return query.new_empty((B, H, *shape), dtype=torch.int32)
-
-    def like(rows: int) -> Tensor:
-        return query.new_empty((B, H, rows, D))
-
-    return SparsePlan(
-        like(L), like(L), ints(L), ints(Cq + 1), ints(L), ints(Ck + 1), like(Ck), like(Ck),
-        query.new_empty((B, H, Cq, Ck), dtype=torch.float32), ints(Cq), ints(Cq, Ck),
-        like(Cq),
+    sizes: tuple[tuple[int, ...], ...] = (
+        (L, D), (L, D), (L,), (Cq + 1,), (L,), (Ck + 1,), (Ck, D), (Ck, D), (Cq, Ck), (Cq,), (Cq, Ck), (Cq, D),
     )  # fmt: skip
+    return [(B, H, *size) for size in sizes]
+
+
+def empty_plan(query: Tensor, num_text: int, order: str) -> SparsePlan:
+    """A plan's tensors, uninitialised: the fake of `clustered_permute`, and its answer in a dense call."""
+    x, i, f = query.dtype, torch.int32, torch.float32
+    dtypes = (x, x, i, i, i, i, x, x, f, i, i, x)
+    shapes = plan_shapes(query, num_text, order)
+    return SparsePlan(*(query.new_empty(s, dtype=d) for s, d in zip(shapes, dtypes, strict=True)))

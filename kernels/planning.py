@@ -16,7 +16,7 @@ from .blocks.cluster import Blocks
 from .blocks.places import Grid, Places, of_shards
 from .constants import OWN_CALL, SiteConstants
 from .dispatch import kernels_for
-from .plan import KEY_BLOCK, QUERY_BLOCK, SparsePlan, block_counts
+from .plan import KEY_BLOCK, QUERY_BLOCK, SparsePlan, block_counts, plan_shapes
 
 
 class Arranged(NamedTuple):
@@ -39,9 +39,8 @@ def make_plan(
     attn_mask: [B or 1, 1, 1, L] bool, True where a key may be seen, or None.
     """
     call = context.current()
-    density = call.decisions.of(c).density
     blocks = arrange(query, key, value, attn_mask, c)
-    plan, areas = route(blocks, probe(blocks, c), c, density)
+    plan, areas = route(blocks, probe(blocks, c), c, call.decisions.of(c).density)
     if not capture.is_recorded(query):  # replays would not be counted
         B, H, L, _ = query.shape
         call.results.totals.setdefault(c.site, context.SiteTotals()).add(areas, B * H * (L - c.num_text) ** 2)
@@ -56,7 +55,7 @@ def arrange(
     B, _, L, _ = query.shape
     valid = None if attn_mask is None else attn_mask[:, 0, 0, :].expand(B, L)
     of_queries, of_keys = block_counts(L, c.num_text, c.order)
-    grids, places = _grids_and_places(c, L, query.device)
+    grids, places = _grids_and_places(call, c, L, query.device)
     alone = capture.is_recorded(query) or c.site == OWN_CALL
     carried = (None, None) if alone else call.memo.carried.get(c.site, (None, None))
     split_heads = call.decisions.of(c).split_heads
@@ -75,10 +74,10 @@ def arrange(
 
 
 def _grids_and_places(
-    c: SiteConstants, length: int, device: torch.device
+    call: context.RunContext, c: SiteConstants, length: int, device: torch.device
 ) -> tuple[tuple[Grid, ...], Places | None]:
     """The frame grids of the video tokens, () if they form none, and where tokens lie, if not in one stretch each."""
-    decisions, remember = context.current().decisions, context.current().memo.remember
+    decisions, remember = call.decisions, call.memo.remember
     packed, places = decisions.packed if c.packed else None, None
     if packed is not None:
         return packed.grids, remember(device, ("packed", packed.places.name), lambda: packed.on(device))
@@ -125,14 +124,8 @@ def route(
 
 def _checked_plan(plan: SparsePlan, c: SiteConstants) -> SparsePlan:
     """A plan, if its tensors have their shapes: the kernels do not look before they read."""
-    B, H, L, D = plan.key.shape
-    (vq, tq), (vk, tk) = block_counts(L, c.num_text, c.order)
-    Cq, Ck = vq + tq, vk + tk
-    sizes = (
-        (L, D), (L, D), (L,), (Cq + 1,), (L,), (Ck + 1,),
-        (Ck, D), (Ck, D), (Cq, Ck), (Cq,), (Cq, Ck), (Cq, D),
-    )  # fmt: skip
-    for name, tensor, size in zip(plan._fields, plan, sizes, strict=True):
-        if tensor.shape != (B, H, *size):
-            raise RuntimeError(f"{name} of a plan is {[*tensor.shape]}, not {[B, H, *size]}")
+    shapes = plan_shapes(plan.key, c.num_text, c.order)
+    for name, tensor, shape in zip(plan._fields, plan, shapes, strict=True):
+        if tensor.shape != shape:
+            raise RuntimeError(f"{name} of a plan is {[*tensor.shape]}, not {[*shape]}")
     return plan

@@ -31,6 +31,11 @@ def hint(size: Any) -> int | None:
     return size_hint(size) if isinstance(size, torch.SymInt) else int(size)
 
 
+def length(size: Any) -> int | None:
+    """The same of a number, a symbol, or a node that holds one."""
+    return hint(example(size) if isinstance(size, fx.Node) else size)
+
+
 def is_symbolic(size: Any) -> bool:
     """Whether a compiled graph takes other values of this size, too."""
     return isinstance(size, torch.SymInt) and not expression(size).is_number

@@ -7,12 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from svg_ear_compile.exceptions import SiteError
-
 from .. import capture, context, planning
 from ..constants import OWN_CALL, SiteConstants
 from ..dense import drop_noop_mask
-from ..fallback import unfit, warn_once
+from ..fallback import note_failure, unfit
 from ..plan import SparsePlan
 from . import errors as measure
 
@@ -95,16 +93,8 @@ def try_forms(
 
 def _lay(place: dict[int, Tensor], c: SiteConstants, sums: Callable[[], Tensor]) -> None:
     """Puts sums() there. If it fails there is no measurement; the output is right all the same."""
-    call = context.current()
     try:
         place[c.site] = sums()
-    except Exception as error:  # whatever it was, the output is right
-        if isinstance(error, torch.AcceleratorError):
-            raise
-        if call.decisions.strict:
-            raise SiteError(
-                f"svg_ear: measuring {call.decisions.name_of(c.site)} failed: {error!r}"
-            ) from error
-        kind = type(error).__name__
-        call.results.fallbacks[f"not measured: {kind}"] += 1
-        warn_once(call, f"measuring: {kind}", f"{call.decisions.name_of(c.site)} was not measured: {error!r}")
+    except Exception as error:  # noqa: BLE001 - the output is right all the same
+        name = context.current().decisions.name_of(c.site)
+        note_failure(f"measuring {name}", error, "not measured", "failed")

@@ -21,7 +21,7 @@ from torch import fx
 from svg_ear_compile.compat import process_group
 
 from ..fx_utils import argument
-from ..sizes import example, hint
+from ..sizes import length
 from .axes import Atom, Axes, Axis, Gathered, Part, axis_size, cut_of, part_size
 
 
@@ -32,7 +32,7 @@ def exchange_rule(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
     arguments: tuple[Any, ...] = node.args
     source, received, sent, group = arguments
     dims = axes.flat.get(source) or axes.of.get(source)
-    shares = [_length(n) for n in (*received, *sent)]
+    shares = [length(n) for n in (*received, *sent)]
     if not dims or len(set(shares)) != 1 or 2 * axis_size(dims[0]) != len(shares):
         return None
     ranks = axis_size(dims[0])
@@ -96,10 +96,6 @@ def _piece(part: Part, whole: Part, rank: int) -> Part:
     exact = len(part) == 1 and main.exact
     key = ("cut", whole, rank * size, (rank + 1) * size)
     return (Atom(key, main.node, main.dim, size, main.root, -1, exact, main.guess),)
-
-
-def _length(size: Any) -> int | None:
-    return hint(example(size) if isinstance(size, fx.Node) else size)
 
 
 def rank_in(group: Any) -> int:

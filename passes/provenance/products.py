@@ -50,7 +50,8 @@ def conv_rule(axes: Axes, node: fx.Node) -> Found:
     return (source[0], *(axes.fresh(node, d, sizes[d], source[d]) for d in range(1, len(sizes))))
 
 
-def embedding_rule(axes: Axes, node: fx.Node) -> Found:
+def longer_rule(axes: Axes, node: fx.Node) -> Found:
+    """embedding, view_as_real: a dimension more at the end."""
     source, sizes = input_axes(axes, node), shape(node)
     return (*source, axes.fresh(node, len(source), sizes[-1])) if source and sizes else None
 

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from ..fx_utils import argument, op_name
-from ..sizes import example, hint, is_tensor, shape
+from ..sizes import example, hint, is_tensor, length, shape
 from .axes import Atom, Axes, Axis, axis_size, main_atom
 from .collectives import exchange_rule, wait_rule
 from .moves import (
@@ -30,8 +30,8 @@ from .products import (
     baddbmm_rule,
     conv_rule,
     einsum_rule,
-    embedding_rule,
     linear_rule,
+    longer_rule,
     matmul_rule,
     sdpa_rule,
 )
@@ -39,11 +39,7 @@ from .products import (
 
 def _number(value: Any, default: int) -> int:
     """A plain int from an int, a SymInt node, or None."""
-    if isinstance(value, fx.Node):
-        value = example(value)
-    if value is None:
-        return default
-    known = hint(value)
+    known = None if value is None else length(value)
     return default if known is None else known
 
 
@@ -195,15 +191,6 @@ def _as_complex(axes: Axes, node: fx.Node) -> Found:
     return source[:-1] if source else None
 
 
-def _as_real(axes: Axes, node: fx.Node) -> Found:
-    source = input_axes(axes, node)
-    return (*source, axes.fresh(node, len(source), 2)) if source else None
-
-
-def _first(axes: Axes, node: fx.Node) -> Found:
-    return input_axes(axes, node)
-
-
 RULES: dict[str, Callable[[Axes, fx.Node], Found]] = {
     **dict.fromkeys(("transpose", "swapaxes", "swapdims", "t"), transpose_rule),
     **dict.fromkeys(("movedim", "moveaxis"), movedim_rule),
@@ -215,13 +202,13 @@ RULES: dict[str, Callable[[Axes, fx.Node], Found]] = {
     **dict.fromkeys(("matmul", "bmm", "mm"), matmul_rule),
     **dict.fromkeys(("roll", "flip", "index_select"), _reorder),
     **dict.fromkeys(("sum", "mean", "amax", "amin", "argmax", "any", "all"), _reduce),
-    **dict.fromkeys(("layer_norm", "rms_norm", "group_norm", "softmax", "dropout", "type_as", "to"), _first),
+    **dict.fromkeys(("layer_norm", "rms_norm", "group_norm", "softmax", "dropout", "type_as", "to"), input_axes),
     **dict.fromkeys(("index_copy", "index_add", "index_fill", "scatter", "scatter_add"), _scatter),
     "permute": permute_rule, "all_to_all_single": exchange_rule, "wait_tensor": wait_rule,
-    "view_as_complex": _as_complex, "view_as_real": _as_real,
+    "view_as_complex": _as_complex, "view_as_real": longer_rule,
     "baddbmm": baddbmm_rule, "einsum": einsum_rule,
     "stack": _stack, "unbind": _unbind, "getitem": _getitem, "setitem": _setitem, "linear": linear_rule,
-    "embedding": embedding_rule, "scaled_dot_product_attention": sdpa_rule, "getattr": getattr_rule,
+    "embedding": longer_rule, "scaled_dot_product_attention": sdpa_rule, "getattr": getattr_rule,
 }  # fmt: skip
 
 

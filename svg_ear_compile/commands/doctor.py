@@ -132,10 +132,10 @@ def _self_test() -> Check:
     query, key, value = (torch.randn(1, 2, 1024, 64, generator=g).to(device, dtype) for _ in range(3))
     try:
         with torch.no_grad():
-            told: dict[str, Any] = {"grid": (4, 16, 16), "density": 0.25}
+            options: dict[str, Any] = {"grid": (4, 16, 16), "density": 0.25}
             got, wanted = (
-                attention(query, key, value, **told),
-                attention(query, key, value, impl="reference", **told),
+                attention(query, key, value, **options),
+                attention(query, key, value, impl="reference", **options),
             )
             dense = torch.nn.functional.scaled_dot_product_attention(query, key, value)
             exact = torch.nn.functional.scaled_dot_product_attention(

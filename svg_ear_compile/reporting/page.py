@@ -187,15 +187,15 @@ def _time(time: Mapping[str, Any]) -> Iterable[str]:
 
 
 def _settings(graphs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
-    """Of each set of settings: what was given, and behind a click all the rest."""
+    """Of each set of settings: what was given, and the rest folded away."""
     shown = []
     for graph in graphs:
         settings, sources = graph["settings"], graph["sources"]
         if settings not in shown:
             shown.append(settings)
-            told = [(name, value, sources.get(name, "default")) for name, value in settings.items()]
+            rows = [(name, value, sources.get(name, "default")) for name, value in settings.items()]
             head = ("setting", "value", "from")
-            given = [row for row in told if row[2] != "default"]
+            given = [row for row in rows if row[2] != "default"]
             yield _table(head, given) if given else "<p>All settings have their defaults.</p>"
-            rest = _table(head, [row for row in told if row[2] == "default"])
+            rest = _table(head, [row for row in rows if row[2] == "default"])
             yield f"<details><summary>The settings that were not given</summary>{rest}</details>"

@@ -31,7 +31,7 @@ class Clock:
     """The clock of one model in one thread, or of everything inside one `generation()`."""
 
     def __init__(self, num_steps: int | None = None, branches: int | None = None) -> None:
-        self._told, self._branches = num_steps, branches
+        self._announced, self._branches = num_steps, branches
         self.generation = self._new(num_steps)
         self._calls = 0
         self._step = -1
@@ -44,8 +44,8 @@ class Clock:
         self._timed_at: Any = None
 
     def _new(self, num_steps: int | None, source: str = "") -> Generation:
-        if self._told is not None:
-            return Generation(self._told, "generation(num_steps=...)")
+        if self._announced is not None:
+            return Generation(self._announced, "generation(num_steps=...)")
         return Generation(num_steps, source or "unknown")
 
     def advance(self, caller: Caller, limit: int | None = None) -> Generation:
@@ -55,7 +55,7 @@ class Clock:
         """
         if self._branches is not None:
             self._advance_to(self._calls // self._branches)
-            if self._told is not None and self._step == self._told:  # called more often than announced
+            if self._announced is not None and self._step == self._announced:  # called more often than announced
                 self._restart(self._new(None))
                 self._calls = 0
                 self._advance_to(0)

@@ -1,9 +1,9 @@
-"""Which rows of a packed sequence are video, and which frame grids do they form? Told by arguments of the model's call.
+"""Which rows of a packed sequence are video, and which frame grids do they form? Arguments of the model's call say so.
 
 A packed sequence holds text, sound, videos and images in any order. Which rows are video is data: no shape shows it,
 and graphs of single blocks do not get it. The model does, so it is read off the call stack (caller.py): once a
-generation, and again if the tensors are others or were changed in place. Inference tensors do not tell of changes; they
-are read in each call of the model.
+generation, and again if the tensors are others or were changed in place. Inference tensors do not count their changes,
+so they are read in each call of the model.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def packed_rows(
     tensors = [argument(who, name) for name in names]
     if not all(isinstance(x, Tensor) for x in tensors):
         return None
-    untold = any(x.is_inference() for x in tensors)
-    known: dict[Hashable, Any] = calls.read if untold else generation.memos
-    key, state = ("packed", calls.number), [0 if untold else compat.version(x) for x in tensors]
+    unversioned = any(x.is_inference() for x in tensors)
+    known: dict[Hashable, Any] = calls.read if unversioned else generation.memos
+    key, state = ("packed", calls.number), [0 if unversioned else compat.version(x) for x in tensors]
     before = known.get(key)
     if before is not None and before[1] == state and all(map(operator.is_, before[0], tensors)):
         return before[2]

@@ -28,7 +28,7 @@ from .generations import Generation, ModelCalls
 from .own_loops import Clock
 
 
-class _Told:
+class _Announced:
     """One `with generation(...)`. It belongs to the first thread that calls a model in it."""
 
     def __init__(self, num_steps: int | None, branches: int | None) -> None:
@@ -38,22 +38,22 @@ class _Told:
 
 
 _lock = threading.Lock()
-_open: list[_Told] = []
-_told: ContextVar[_Told | None] = ContextVar("svg_ear_generation", default=None)
+_open: list[_Announced] = []
+_announced: ContextVar[_Announced | None] = ContextVar("svg_ear_generation", default=None)
 _thread = threading.local()
 
 
-def _current_told() -> _Told | None:
+def _current_announced() -> _Announced | None:
     """The one of this context; else the only open one that no other thread has used."""
-    told = _told.get()
-    if told is None and _open:
+    announced = _announced.get()
+    if announced is None and _open:
         me = threading.get_ident()
         with _lock:
             free = [one for one in _open if one.thread in (None, me)]
-            told = free[0] if len(free) == 1 else None
-    if told is not None and told.thread is None:
-        told.thread = threading.get_ident()
-    return told
+            announced = free[0] if len(free) == 1 else None
+    if announced is not None and announced.thread is None:
+        announced.thread = threading.get_ident()
+    return announced
 
 
 def _own_clock(model: nn.Module | None, graph: Hashable) -> Clock:
@@ -80,8 +80,8 @@ def tick(caller: Caller, graph: Hashable, limit: int | None = None) -> tuple[Gen
         generation.move_to(loop.step)
         line = loop.line
     else:
-        told = _current_told()
-        clock = told.clock if told is not None else _own_clock(caller.model, graph)
+        announced = _current_announced()
+        clock = announced.clock if announced is not None else _own_clock(caller.model, graph)
         generation = clock.generation
         calls = generation.calls_of(caller.model, graph)
         if generation.is_over or not calls.is_running(name, generation.step, line):
@@ -106,10 +106,10 @@ def _of_loop(caller: Caller, memory: dict[str, Any]) -> Generation:
         or memory["schedule"] is not loop.schedule
         or loop.step < memory["step"]
     ):
-        told = _told.get()
+        announced = _announced.get()
         num_steps, source = loop.num_steps, "the pipeline"
-        if told is not None and told.num_steps is not None:
-            num_steps, source = told.num_steps, "generation(num_steps=...)"
+        if announced is not None and announced.num_steps is not None:
+            num_steps, source = announced.num_steps, "generation(num_steps=...)"
         generation = memory["generation"] = Generation(num_steps, source)
         memory["schedule"] = loop.schedule
     memory["step"] = loop.step
@@ -129,13 +129,13 @@ def generation(num_steps: int | None = None, branches: int | None = None) -> Ite
     for name, value in (("num_steps", num_steps), ("branches", branches)):
         if value is not None and value < 1:
             raise ValueError(f"{name} = {value}: must be at least 1")
-    told = _Told(num_steps, branches)
-    token = _told.set(told)
+    announced = _Announced(num_steps, branches)
+    token = _announced.set(announced)
     with _lock:
-        _open.append(told)
+        _open.append(announced)
     try:
         yield
     finally:
         with _lock:
-            _open.remove(told)
-        _told.reset(token)
+            _open.remove(announced)
+        _announced.reset(token)

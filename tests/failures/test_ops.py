@@ -175,7 +175,7 @@ def test_a_kernel_that_returns_something_else(
 def test_a_stage_that_returns_too_little(
     toy: ToyVideo, toy_inputs: ToyInputs, monkeypatch: pytest.MonkeyPatch, stage: tuple[Any, str]
 ) -> None:
-    """Whatever is missing, it never comes to a kernel that would read behind its end."""
+    """Whatever is missing, it never comes to a kernel that would read past its end."""
     function = getattr(*stage)
 
     def fewer(x: Any) -> Any:

@@ -1,7 +1,7 @@
 """Every kernel once, on small odd shapes: what compute-sanitizer watches (make sanitize).
 
 Without the caching allocator (PYTORCH_NO_CUDA_MEMORY_CACHING=1) each tensor has an allocation of its own, so
-that a read behind its end is seen. The outputs are compared with the joint softmax of the plans: a watched
+that a read past its end is seen. The outputs are compared with the joint softmax of the plans: a watched
 run that computes nothing would pass.
 
     --plain     without triton_hopper.py: Triton's own dialect alone, whose races are all reported, and those

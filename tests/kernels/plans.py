@@ -102,7 +102,7 @@ def _blocks(
 
 
 def _permuted(x: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
-    """x in block order, zero behind the last block."""
+    """x in block order, zero after the last block."""
     out = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
     for b in range(x.shape[0]):
         for h in range(x.shape[1]):

@@ -377,4 +377,4 @@ def test_a_mask_that_changed_does_not_harm_an_order_that_was_carried_on() -> Non
     blocks, _ = make(x, "splits", valid=valid, carried=state)
     assert is_permutation(blocks.order)
     assert (blocks.offsets[..., -1] == 223).all()
-    assert (blocks.order[..., 223:] < 50).all(), "masked tokens are behind the last block"
+    assert (blocks.order[..., 223:] < 50).all(), "masked tokens come after the last block"

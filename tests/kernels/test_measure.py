@@ -185,7 +185,7 @@ def test_what_no_density_changes_is_made_once(masked, monkeypatch) -> None:
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_forms_are_what_sparse_calls_of_them_measure(masked, monkeypatch) -> None:
-    """Orders with and without first-order terms, in a dense call and in a sparse one behind its own error."""
+    """Orders with and without first-order terms, in a dense call and in a sparse one after its own error."""
     monkeypatch.setattr(measure, "ROWS", 10**6)
     attn_mask, orders, forms = mask() if masked else None, ("cubes", "splits"), []
     for order in orders:
@@ -252,7 +252,7 @@ def test_a_failed_measurement_costs_nothing_but_itself(dense, monkeypatch) -> No
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             assert torch.equal(attend(running, constants()), expected)
-        ours = [w for w in caught if "was not measured" in str(w.message)]
+        ours = [w for w in caught if "measuring attention site 2 failed" in str(w.message)]
         assert len(ours) == (1 if running.results.fallbacks["not measured: ZeroDivisionError"] == 1 else 0)
     assert running.results.fallbacks["not measured: ZeroDivisionError"] == 2
     running = call(*[0.2] * dense, dense=dense)
