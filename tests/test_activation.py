@@ -33,7 +33,7 @@ def test_unset_nothing_of_ours_but_the_hook_is_imported() -> None:
 @pytest.mark.parametrize(
     ("value", "backend"),
     [
-        ("1", "svg_ear"),
+        pytest.param("1", "svg_ear", marks=pytest.mark.slow),  # test_by_the_environment_alone shows it, too
         pytest.param("0", "inductor", marks=pytest.mark.slow),
         pytest.param("report", "svg_ear", marks=pytest.mark.slow),
         pytest.param("", "inductor", marks=pytest.mark.slow),

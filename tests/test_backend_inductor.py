@@ -22,15 +22,21 @@ from svg_ear_compile import backend as backend_module
 pytestmark = pytest.mark.usefixtures("fresh")
 
 
+@pytest.fixture
+def toy() -> ToyVideo:
+    """A single block, since compiling takes long."""
+    return ToyVideo(layers=1).eval()
+
+
 def test_density_one_is_exact(toy: ToyVideo, toy_inputs: ToyInputs) -> None:
     out = compiled(toy, {**SPARSE, "density": 1.0})(*toy_inputs())
-    assert calls() == (2, {})
+    assert calls() == (1, {})
     torch.testing.assert_close(out, toy(*toy_inputs()), rtol=1e-4, atol=1e-5)
 
 
 def test_a_dense_call_is_bitwise_what_inductor_gives(toy: ToyVideo, toy_inputs: ToyInputs) -> None:
     ours = compiled(toy, {**SPARSE, "dense_steps": 50})(*toy_inputs())
-    assert calls() == (0, {"warm-up steps": 2})
+    assert calls() == (0, {"warm-up steps": 1})
     torch._dynamo.reset()
     plain = torch.compile(toy, backend="inductor")(*toy_inputs())
     assert torch.equal(ours, plain)
@@ -43,7 +49,7 @@ def test_four_sizes_recompile_as_plain_inductor_does(toy: ToyVideo, toy_inputs: 
         inputs = toy_inputs(frames=frames, size=size)
         torch.testing.assert_close(run(*inputs), toy(*inputs), rtol=1e-4, atol=1e-5)
     assert counter.frame_count == 2
-    assert calls() == (8, {})
+    assert calls() == (4, {})
 
 
 def _counted(counter: CompileCounterWithBackend, gm: torch.fx.GraphModule, inputs: Any) -> Any:
@@ -97,7 +103,7 @@ def test_an_untouched_graph_stays_in_the_report(
     run = compiled(toy, SPARSE)
     run(*toy_inputs())
     gc.collect()
-    assert len(svg_ear_compile.report().sites) == 4
+    assert len(svg_ear_compile.report().sites) == 2
     del run
     torch._dynamo.reset()
     assert not svg_ear_compile.report().sites

@@ -101,6 +101,7 @@ def test_counters() -> None:
     assert found["aot_autograd"]["total"] == before + 1
 
 
+@pytest.mark.slow  # test_by_the_environment_alone shows it, too
 def test_trace_artifact(tmp_path: Path) -> None:
     script = (
         "import torch\nfrom svg_ear_compile.compat import trace_artifact\ntrace_artifact('name', 'the text')"

@@ -36,8 +36,8 @@ def sparse(report: Report) -> list[CallError]:
 
 
 @pytest.mark.usefixtures("fresh")
-def test_a_generation_meets_its_target_and_the_guard_is_silent() -> None:
-    _, report = sample({"audit": True}, steps=8)
+def test_a_generation_meets_its_target_and_the_guard_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    _, report = sample({"audit": True}, steps=8, size=32)
     calls = sparse(report)
     assert len(calls) == LAYERS * 7, "one dense step of 8"
     true = [e.true_error for e in calls if e.true_error is not None]
@@ -60,6 +60,12 @@ def test_a_generation_meets_its_target_and_the_guard_is_silent() -> None:
     assert "1 dense first steps, of 8" in text
     data = json.loads(report.to_json())
     assert len(data["graphs"][0]["errors"]) == LAYERS * 8
+    report.print_errors()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "density: measured relative error, target 0.08"
+    assert lines[1].split()[:3] == ["layer", "branch", "step"]
+    assert len(lines) == 3 + LAYERS
+    assert ":" in "".join(lines[3:])
 
 
 @pytest.mark.slow
@@ -74,17 +80,6 @@ def test_the_same_bits_twice() -> None:
     torch._dynamo.reset()
     again, _ = sample({"dense_steps": 0}, 4, guidance=3.5, size=32)
     assert torch.equal(clip, again)
-
-
-@pytest.mark.usefixtures("fresh")
-def test_print_errors(capsys: pytest.CaptureFixture[str]) -> None:
-    sample({"dense_steps": 1, "dense_layers": 1}, 3, size=32)[1].print_errors()
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "density: measured relative error, target 0.08"
-    assert lines[1].split()[:3] == ["layer", "branch", "step"]
-    assert len(lines) == 3 + LAYERS
-    assert set(lines[3].split()[2:]) == {"dense"}
-    assert ":" in "".join(lines[4:])
 
 
 def test_without_a_measurement_there_is_no_table(capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,6 +40,7 @@ def decisions(sites: list[dict[str, object]]) -> dict[str, bool]:
     return {str(site["module_path"]): bool(site["rewritten"]) for site in sites}
 
 
+@pytest.mark.slow
 def test_whole_model(tmp_path: Path) -> None:
     """Self attention is rewritten, cross attention is dense and says why."""
     printed, sites = run("whole_model.py", tmp_path)

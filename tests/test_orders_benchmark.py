@@ -11,6 +11,9 @@ from test_quality_benchmark import toy_weights
 SIZE = (4, 64, 64)
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.mark.parametrize("model", ["hunyuan", "cogvideox"])
 def test_all_blocks_kept_is_exact_and_few_err(model: str, tmp_path: Path) -> None:
     orders, weights = import_benchmark("orders"), toy_weights(model, tmp_path)

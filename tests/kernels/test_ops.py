@@ -144,7 +144,7 @@ def test_tags(op: torch._ops.OpOverload) -> None:
     assert torch.Tag.needs_exact_strides not in op.tags
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("order", ["splits", "kmeans"])
 def test_opcheck(order: str, dtype: torch.dtype, strict: context.RunContext) -> None:
     """Schema, fake and aot dispatch with static and dynamic shapes."""

@@ -30,7 +30,7 @@ sound or images stays dense everywhere and is not listed.
 One frame is an image: such calls stay dense.
 
 Each model with rewritten attention is also run at density 0.3, against the fp64 joint softmax of the plans
-that the run used (`tests/models/test_plans.py`), with `inner="eager"`: `make test` runs one of each kind,
+that the run used (`tests/models/test_plans.py`), with `inner="eager"`: `make test` runs two of them,
 `make test-all` all, and one of them through Inductor. All through Inductor, whole and regional:
 
     SVG_EAR_TEST_ALL_INDUCTOR=1 pytest tests/models/test_plans.py -k through_inductor

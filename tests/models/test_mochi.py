@@ -22,6 +22,7 @@ def test_attention_between_graphs_is_named() -> None:
     assert all(name.startswith(OUTSIDE) and SETTING in name for name in others)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh")
 @pytest.mark.filterwarnings("ignore")
 def test_the_report_says_what_to_set() -> None:

@@ -3,34 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
+from typing import Any
 
 import pytest
 import torch
 from models import golden
-from models.capture import Backend, Knobs, capture, described, fresh_dynamo
+from models.capture import Backend, Captured, Knobs, capture, described, fresh_dynamo
 from models.matrix import PAGE, page
 from models.tiny import BUILDERS, build
 
+from svg_ear_compile.passes.classify import classify
+from svg_ear_compile.passes.site import Site
+
 F, H, W = golden.SIZE
 GOLDEN = golden.read()
-LIKE_OTHERS = {
-    "anyflow", "chronoedit", "consisid", "hunyuan_video_framepack", "hunyuan_video_i2v",
-    "hunyuan_video_token_replace", "kandinsky5", "sana_wm_refiner", "skyreels_v2", "wan_animate", "wan_i2v",
-    "wan_vace",
+FAST = {
+    *((name, "whole") for name in ("wan", "cogvideox", "hunyuan_video", "ltx", "latte", "flux", "llama", "helios")),
+    ("wan", "regional"), ("hunyuan_video", "regional"), ("skyreels_v2_df", "whole"), ("minimax_h3", "whole"),
 }  # fmt: skip
-"""Their attention is that of another model."""
-EXPENSIVE = {"allegro", "hunyuan_video15", "ltx2", "mochi", "sana_wm", "wan_animate_2"}
-REGIONAL = {"wan", "hunyuan_video", "ltx", "motif_video"}
-GOLDEN_NOW = {
-    (name, way)
-    for name, way in GOLDEN
-    if name not in LIKE_OTHERS | EXPENSIVE and (way == "whole" or name in REGIONAL)
-}
+"""One of each kind: alone, text first or last, masks of each form, one frame, no frames, no video, causal, packed."""
 
 
 @pytest.mark.parametrize(
     ("name", "way"),
-    [key if key in GOLDEN_NOW else pytest.param(*key, marks=pytest.mark.slow) for key in GOLDEN],
+    [key if key in FAST else pytest.param(*key, marks=pytest.mark.slow) for key in GOLDEN],
 )
 def test_models(name: str, way: str) -> None:
     assert golden.verdicts(name, way) == GOLDEN[name, way], "if this is meant: python tests/models/golden.py"
@@ -48,9 +45,8 @@ def without_masks(lines: Sequence[str]) -> list[str]:
     return [line.partition(" | ")[0] for line in lines]
 
 
-@pytest.mark.parametrize(
-    "name", ["wan", *(pytest.param(n, marks=pytest.mark.slow) for n in ("cogvideox", "hunyuan_video", "ltx"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["wan", "cogvideox", "hunyuan_video", "ltx"])
 def test_dynamic_shapes_change_no_verdict(name: str) -> None:
     model, arguments = build(name)
     backend = capture(model, arguments(F, H, W), dynamic=True)
@@ -68,7 +64,7 @@ def test_dynamic_blocks(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["wan", "ltx", *(pytest.param(n, marks=pytest.mark.slow) for n in ("hunyuan_video", "kandinsky5"))],
+    ["wan", *(pytest.param(n, marks=pytest.mark.slow) for n in ("ltx", "hunyuan_video", "kandinsky5"))],
 )
 def test_offloaded_blocks(name: str) -> None:
     from diffusers.hooks import apply_group_offloading
@@ -99,15 +95,24 @@ def test_text_as_long_as_the_video_is_still_cross_attention() -> None:
         assert (first.kind, second.kind) == ("self", "cross")
 
 
+@cache
+def graph(name: str, frames: int = F) -> Captured:
+    """The graph of a whole model."""
+    model, arguments = build(name)
+    return capture(model, arguments(frames, H, W)).captured[0]
+
+
+def sites(graph: Captured, **knobs: Any) -> list[Site]:
+    return classify(graph.gm, Knobs(**knobs), graph.example_inputs)
+
+
 def test_a_short_video_stays_dense() -> None:
-    model, arguments = build("wan")
-    verdict = capture(model, arguments(F, H, W), knobs=Knobs(min_tokens=73)).sites[0].verdict
+    verdict = sites(graph("wan"), min_tokens=73)[0].verdict
     assert (verdict.reason.name, verdict.detail) == ("TOO_FEW_TOKENS", "72 of at least 73")
 
 
 def test_text_does_not_count_as_video_tokens() -> None:
-    model, arguments = build("cogvideox")
-    assert not capture(model, arguments(F, H, W), knobs=Knobs(min_tokens=73)).sites[0].verdict.rewrite
+    assert not sites(graph("cogvideox"), min_tokens=73)[0].verdict.rewrite
 
 
 @pytest.mark.parametrize(
@@ -119,17 +124,13 @@ def test_text_does_not_count_as_video_tokens() -> None:
     ],
 )
 def test_sites_names_modules(pattern: str, rewritten: list[object]) -> None:
-    model, arguments = build("flux")
-    backend = capture(model, arguments(1, H, W), knobs=Knobs(sites=(pattern,)))
-    found = [site.module_path for site in backend.sites if site.verdict.rewrite]
+    found = [site.module_path for site in sites(graph("flux", 1), sites=(pattern,)) if site.verdict.rewrite]
     assert len(found) == len(rewritten)
     assert rewritten == found or 0 in rewritten
 
 
 def test_sites_cannot_make_cross_attention_sparse() -> None:
-    model, arguments = build("wan")
-    sites = capture(model, arguments(F, H, W), knobs=Knobs(sites=("*",))).sites
-    assert [site.verdict.rewrite for site in sites] == [True, False, True, False]
+    assert [site.verdict.rewrite for site in sites(graph("wan"), sites=("*",))] == [True, False, True, False]
 
 
 def test_training_stays_dense() -> None:

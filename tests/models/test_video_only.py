@@ -82,7 +82,10 @@ CASES = {
 }
 
 
-SLOW = {"a VAE for images", "HunyuanVideo with one frame", "CogVideoX with one frame", "a block of LTX"}
+SLOW = {
+    "a VAE for images", "HunyuanVideo with one frame", "LTX with one frame", "CogVideoX with one frame",
+    "a block of LTX",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,12 @@ def rotary(graph: Captured) -> list[str]:
 @pytest.mark.parametrize(
     ("name", "regional", "names"),
     [
-        ("cogvideox", False, ["l_kwargs_image_rotary_emb_0_", "l_kwargs_image_rotary_emb_1_"]),
+        pytest.param(
+            "cogvideox",
+            False,
+            ["l_kwargs_image_rotary_emb_0_", "l_kwargs_image_rotary_emb_1_"],
+            marks=pytest.mark.slow,
+        ),
         ("wan", True, ["l_rotary_emb_0_", "l_rotary_emb_1_"]),
     ],
 )

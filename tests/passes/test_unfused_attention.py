@@ -103,7 +103,7 @@ def test_calls_that_are_whole_layers() -> None:
     ]
 
 
-@pytest.mark.parametrize("backend", ["flex", "native"])
+@pytest.mark.parametrize("backend", [pytest.param("flex", marks=pytest.mark.slow), "native"])
 def test_a_chosen_attention_backend(backend: str) -> None:
     """Whether a model's own code calls it, or a setting of diffusers does, tells what to do."""
     from models.capture import Backend, fresh_dynamo

@@ -113,7 +113,7 @@ def test_each_generation_begins_anew() -> None:
 
 
 @pytest.mark.parametrize(
-    "cache", [first_block, *(pytest.param(cache, marks=pytest.mark.slow) for cache in (broadcast, faster))]
+    "cache", [broadcast, *(pytest.param(cache, marks=pytest.mark.slow) for cache in (first_block, faster))]
 )
 def test_sparse_beside_it(cache: Any) -> None:
     expected, steps = alone(cache)

@@ -70,8 +70,15 @@ def test_gradients_of_the_input_alone(toy: ToyVideo, toy_inputs: ToyInputs) -> N
 # --- numbers ---
 
 
-@pytest.mark.parametrize("autocast", [False, True], ids=["weights", "autocast"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "autocast"),
+    [
+        pytest.param(torch.float16, False, id="float16"),
+        pytest.param(torch.bfloat16, True, id="bfloat16 by autocast"),
+        pytest.param(torch.float16, True, id="float16 by autocast", marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, False, id="bfloat16", marks=pytest.mark.slow),
+    ],
+)
 def test_half_precision_is_as_exact_as_dense(dtype: torch.dtype, autocast: bool) -> None:
     model = wan() if autocast else wan().to(dtype)
     exact = copy.deepcopy(model).double()(**arguments(dtype=torch.float64))[0]
