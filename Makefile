@@ -3,13 +3,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all docs matrix lint types gpu sanitize quality clean
+.PHONY: demo test tests test-all docs matrix lint types gpu sanitize quality clean
 
 demo: .venv/ready
 	$(BIN)/svg-ear demo $(ARGS)
 
-test: export OMP_NUM_THREADS = 1
-test: lint types
+# Types beside the tests: each of the two leaves a core idle now and then.
+test: lint
+	$(MAKE) -j2 types tests
+
+tests: export OMP_NUM_THREADS = 1
+tests: .venv/ready
 	HYPOTHESIS_PROFILE=fuzz_quick $(BIN)/pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
 	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 --dist worksteal -m "not slow" tests/interpreted
 
