@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -93,12 +94,13 @@ def _site(
         return _make(index, call, kind, mask, _no_video(call, evidence, q[2]), layout)
     query = example(call.query)
     least = settings.min_tokens or least_tokens(query)
-    site = _make(index, call, kind, mask, _enough(tokens, least, evidence, query), layout)
-    site.key_mask = key_mask
     per_call = is_symbolic(query.shape[2]) or layout.packed
-    site.min_tokens = least if per_call and least > 1 else 0
-    site.min_frames = 2 if evidence.frames_may_change else 0
-    return site
+    return replace(
+        _make(index, call, kind, mask, _enough(tokens, least, evidence, query), layout),
+        key_mask=key_mask,
+        min_tokens=least if per_call and least > 1 else 0,
+        min_frames=2 if evidence.frames_may_change else 0,
+    )
 
 
 def _other_tokens(call: AttentionNode, kind: str, axis: Axis) -> Verdict | None:
@@ -143,7 +145,7 @@ def _is_bare(axis: Axis) -> bool:
     root = axis[0][0].root
     if root is None or not len(axis) == len(axis[0]) == 1:
         return False
-    return len(shape(root) or ()) == 4 or _PROJECTED.fullmatch(last_key(root)) is not None
+    return axis[0][0].root_rank == 4 or _PROJECTED.fullmatch(last_key(root)) is not None
 
 
 def _obstacle(call: AttentionNode, kind: str, bad_mask: Reason | None, mask: str) -> Verdict | None:

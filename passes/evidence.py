@@ -24,7 +24,7 @@ from torch import fx
 
 from .layout import is_clip, video_parts
 from .match import AttentionNode
-from .provenance.axes import Atom, Axis, Part
+from .provenance.axes import Axis, Part
 from .rotary import grid_from_rotary, is_sequence
 from .site import Layout
 from .sizes import Extent, example, is_symbolic, shape
@@ -79,16 +79,16 @@ def _from_shapes(axis: Axis, layout: Layout, any_length: bool) -> Evidence | Non
     parts = video_parts(axis)
     clips = [part for part in parts if is_clip(part)]
     if clips:
-        name = next(last_key(atom.root) for atom in clips[0] if atom.root is not None and _rank(atom) == 5)
+        name = next(last_key(atom.root) for atom in clips[0] if atom.root is not None and atom.root_rank == 5)
         may_change = any_length and layout.grid is not None and isinstance(layout.grid[0], Extent)
         if not may_change and sum(map(_frames, clips)) < 2:
             return Evidence(Answer.NOT_VIDEO, f"one frame of a 5-D input, {name}")
         return Evidence(Answer.VIDEO, f"frames of a 5-D input, {name}", may_change)
     for part in parts:
         for atom in part:
-            if _rank(atom) == 5:
+            if atom.root_rank == 5:
                 return Evidence(Answer.NOT_VIDEO, "a part of the dimensions of a 5-D input")
-            if _rank(atom) == 4 and is_activation(atom.root) and (len(part) > 1 or atom.root_dim < 0):
+            if atom.root_rank == 4 and is_activation(atom.root) and (len(part) > 1 or atom.root_dim < 0):
                 return Evidence(Answer.NOT_VIDEO, f"pixels of a 4-D input, {last_key(atom.root)}")
     if layout.grid is not None and layout.grid[0] == 1:
         return Evidence(Answer.NOT_VIDEO, f"one frame in its {layout.grid_source}")
@@ -99,12 +99,8 @@ def _frames(part: Part) -> int:
     """The number of frames in a part that spans a clip, as far as its dimensions show."""
     if len(part) > 2:
         return max(atom.size for atom in part[:-2])
-    root = next(atom.root for atom in part if _rank(atom) == 5)
+    root = next(atom.root for atom in part if atom.root_rank == 5)
     return min((shape(root) or ())[1:3])  # frames are one of these two dimensions, the other one are channels
-
-
-def _rank(atom: Atom) -> int:
-    return len(shape(atom.root) or ())
 
 
 def _from_tables(

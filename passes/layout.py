@@ -17,7 +17,7 @@ from torch import Tensor
 from .provenance.axes import Atom, Axes, Axis, Part, cut_of, part_size
 from .rotary import grid_from_rotary
 from .site import GraphInputs, Layout
-from .sizes import Extent, example, shape
+from .sizes import Extent, example
 from .sources import TEXT, is_activation, last_key
 
 
@@ -33,17 +33,13 @@ def video_parts(axis: Axis) -> list[Part]:
 
 def is_clip(part: Part) -> bool:
     """Whether a part stems from a 5-D input and spans more than one frame's worth of its dimensions."""
-    from_video = any(atom.root is not None and len(shape(atom.root) or ()) == 5 for atom in part)
+    from_video = any(atom.root_rank == 5 for atom in part)
     return from_video and len(part) != 2 and (len(part) > 2 or part[0].root_dim < 0)
 
 
 def is_factorised(axis: Axis) -> bool:
     """Whether tokens of a video are attended frame by frame, or along one dimension only."""
-    return any(
-        atom.root is not None and len(shape(atom.root) or ()) == 5 and not is_clip(part)
-        for part in axis
-        for atom in part
-    )
+    return any(atom.root_rank == 5 and not is_clip(part) for part in axis for atom in part)
 
 
 def read_layout(axes: Axes, axis: Axis) -> Layout | None:
@@ -133,7 +129,7 @@ def _grid(axes: Axes, part: Part) -> tuple[tuple[int | Extent, int | Extent, int
         if len(kept) not in (2, 3) or dims != sorted(dims):
             continue
         lengths = [_length([(atom,)]) for atom in kept]
-        if len(lengths) == 2 and source == "shapes" and len(shape(kept[0].root) or ()) > 3:
+        if len(lengths) == 2 and source == "shapes" and kept[0].root_rank > 3:
             lengths.insert(0, 1)  # an image; two dimensions of flattened tokens may be anything
         if len(lengths) == 3 and None not in lengths:
             root = kept[-1].root

@@ -136,17 +136,14 @@ class KeyMask:
     zero_rows: bool = False
 
 
-@dataclass
-class Site:
-    """One scaled_dot_product_attention call of one graph.
+@dataclass(frozen=True)
+class SiteFacts:
+    """What a scaled_dot_product_attention call is, in plain values.
 
     q_len and k_len are ints, or strings of the symbolic expression under dynamic shapes (q_hint, k_hint are
-    then the values seen at compile time). min_tokens, min_frames: of the video; a call with fewer is dense.
-    0 where there is nothing to check, since all calls are of one size.
+    then the values seen at compile time).
     """
 
-    index: int
-    node: fx.Node
     module_path: str
     module_class: str
     kind: str
@@ -160,7 +157,19 @@ class Site:
     k_hint: int
     dtype: str
     mask: str
-    """'none', 'key padding [B,1,1,S] bool', ...: the mask in words; key_mask is what the ops get for it."""
+    """'none', 'key padding [B,1,1,S] bool', ...: the mask in words."""
+
+
+@dataclass(frozen=True)
+class Site(SiteFacts):
+    """One such call of one graph, and what is decided about it.
+
+    key_mask: what the ops get for the mask. min_tokens, min_frames: of the video; a call with fewer is dense. 0 where
+    there is nothing to check, since all calls are of one size.
+    """
+
+    index: int
+    node: fx.Node
     verdict: Verdict
     layout: Layout
     key_mask: KeyMask | None = None

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -67,7 +68,7 @@ def svg_ear(
         compiled = SparseCallable(compiled, plan, resolved.settings, record)
     # Dynamo keeps the innermost function; and a bound method (gm.forward) lives as long as its object.
     kept = compat.innermost_function(compiled)
-    records.owned_by(record, getattr(kept, "__self__", kept))
+    record.owner = weakref.ref(getattr(kept, "__self__", kept))
     diagnostics.announce(record)
     return compiled
 
@@ -128,9 +129,8 @@ def _apply_passes(
         sites = diagnostics.timed(classify, whole, settings, example_inputs)
         saved = Reason.SAVED if compat.is_compiled_to_be_saved() else None
         instead = Reason.REPORT_ONLY if resolved.switch == "report" else saved
-        for site in sites:
-            if site.verdict.rewrite and instead is not None:
-                site.verdict = Verdict(False, instead)
+        if instead is not None:
+            sites = [replace(s, verdict=Verdict(False, instead)) if s.verdict.rewrite else s for s in sites]
         chosen = [site for site in sites if site.verdict.rewrite]
         plan = None
         if chosen:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import subprocess
 import tempfile
 from collections.abc import Mapping
@@ -69,6 +70,11 @@ def ssim(reference: Tensor, clip: Tensor) -> float:
         for x, y in zip(a, b, strict=True)
     ]
     return float(sum(values) / len(values))
+
+
+def vmaf(reference: Tensor, clip: Tensor) -> float:
+    """The mean of `vmaf_frames`."""
+    return statistics.mean(vmaf_frames(reference, clip))
 
 
 def vmaf_frames(reference: Tensor, clip: Tensor) -> list[float]:

@@ -1,4 +1,4 @@
-"""Benchmarks are scripts: how a test gets at one."""
+"""Scripts of benchmarks/ and docs/: how a test gets at one."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
 
 
-def import_benchmark(name: str) -> ModuleType:
-    sys.path.insert(0, str(BENCHMARKS))
+def import_script(folder: Path, name: str) -> ModuleType:
+    sys.path.insert(0, str(folder))
     try:
         return importlib.import_module(name)
     finally:
-        sys.path.remove(str(BENCHMARKS))
+        sys.path.remove(str(folder))
+
+
+def import_benchmark(name: str) -> ModuleType:
+    return import_script(BENCHMARKS, name)

@@ -7,11 +7,11 @@ import subprocess
 import sys
 
 import pytest
-from docs_script import import_script
+from benchmark import ROOT, import_script
 
 import svg_ear_compile
 
-architecture = import_script("architecture")
+architecture = import_script(ROOT / "docs", "architecture")
 PACKAGE, MODULES, GRAPH = architecture.PACKAGE, architecture.modules(), architecture.between_files()
 SETTINGS = {f"{PACKAGE}.{stem}" for stem in ("compat", "exceptions", "presets", "settings", "precedence")}
 

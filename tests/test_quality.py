@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from svg_ear_compile.quality import (
     frames_last,
     psnr,
     ssim,
-    vmaf_frames,
+    vmaf,
     write_difference_strip,
     write_side_by_side,
 )
@@ -56,10 +55,6 @@ def moving(frames: int = 4) -> torch.Tensor:
     squares = torch.rand(1, 12, 16, 3, generator=torch.Generator().manual_seed(0))
     squares = squares.repeat_interleave(8, 1).repeat_interleave(8, 2)
     return torch.cat([squares.roll(2 * i, 2) for i in range(frames)])
-
-
-def vmaf(reference: torch.Tensor, clip: torch.Tensor) -> float:
-    return statistics.mean(vmaf_frames(reference, clip))
 
 
 def test_vmaf_falls_with_what_a_viewer_would_see() -> None:

@@ -23,7 +23,7 @@ from typing import Any
 
 from torch import fx
 
-from ..sizes import is_tensor
+from ..sizes import is_tensor, shape
 from ..sources import POSITIONS, is_activation, last_key
 
 
@@ -44,6 +44,11 @@ class Atom:
     root_dim: int = field(compare=False, default=-1)
     exact: bool = field(compare=False, default=True)
     guess: bool = field(compare=False, default=False)
+
+    @property
+    def root_rank(self) -> int:
+        """How many dimensions the input has: 5 for a clip; 0 without one."""
+        return len(shape(self.root) or ())
 
 
 Part = tuple[Atom, ...]

@@ -9,11 +9,11 @@ import threading
 import weakref
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..kernels.context import SiteTotals
-from ..passes.site import Site
+from ..passes.site import Site, SiteFacts
 from ..precedence import Resolved
 from ..runtime.density import CallLog
 
@@ -24,22 +24,10 @@ MAX_LOGS = 100_000
 
 
 @dataclass(frozen=True)
-class SiteRecord:
+class SiteRecord(SiteFacts):
     """A Site without its graph nodes. Symbolic numbers are given as seen at compile time."""
 
     site: int
-    module_path: str
-    module_class: str
-    kind: str
-    batch: int
-    heads: int
-    head_dim: int
-    q_len: int | str
-    k_len: int | str
-    q_hint: int
-    k_hint: int
-    dtype: str
-    mask: str
     rewritten: bool
     reason: str
     sentence: str
@@ -50,11 +38,11 @@ class SiteRecord:
 
     @classmethod
     def of(cls, site: Site) -> SiteRecord:
+        facts = {f.name: getattr(site, f.name) for f in fields(SiteFacts)}
+        verdict, layout = site.verdict, site.layout
         return cls(
-            site.index, site.module_path, site.module_class, site.kind, site.batch, site.heads, site.head_dim,
-            site.q_len, site.k_len, site.q_hint, site.k_hint, site.dtype, site.mask, site.verdict.rewrite,
-            site.verdict.reason.name, str(site.verdict), site.verdict.hint,
-            site.layout.text_hint, site.layout.grid_hint, site.layout.grid_source,
+            **facts, site=site.index, rewritten=verdict.rewrite, reason=verdict.reason.name, sentence=str(verdict),
+            hint=verdict.hint, num_text=layout.text_hint, grid=layout.grid_hint, grid_source=layout.grid_source,
         )  # fmt: skip
 
     @property
@@ -81,7 +69,7 @@ class GraphRecord:
     grid: (frames, height, width) in tokens, if only the arguments of a call show it. packed: which rows of a packed
     sequence are video, in words. fallbacks: at run time, by reason.
     totals: per device and thread, the sums that the ops keep. logs: what was done in each call of the last few
-    generations.
+    generations. owner: the compiled callable, with which the record goes; None: not compiled yet.
     """
 
     number: int
@@ -102,6 +90,7 @@ class GraphRecord:
     totals: dict[Any, dict[int, SiteTotals]] = field(default_factory=dict)
     logs: OrderedDict[int, deque[CallLog]] = field(default_factory=OrderedDict)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    owner: weakref.ref[Any] | None = None
 
     def rewritten(self) -> list[SiteRecord]:
         return [site for site in self.sites if site.rewritten]
@@ -151,33 +140,25 @@ class GraphRecord:
 
 
 _lock = threading.Lock()
-_records: list[tuple[weakref.ref[Any] | None, GraphRecord]] = []
+_records: list[GraphRecord] = []
 _count = 0
 
 
 def new_record(resolved: Resolved) -> GraphRecord:
-    """A new record. It counts as alive until it is given an owner."""
+    """A new record."""
     global _count
     with _lock:
         record = GraphRecord(_count, resolved)
-        _records.append((None, record))
+        _records.append(record)
         _count += 1
     return record
-
-
-def owned_by(record: GraphRecord, owner: Any) -> None:
-    """The record lives as long as `owner`, the compiled callable."""
-    with _lock:
-        for i, (_, other) in enumerate(_records):
-            if other is record:
-                _records[i] = (weakref.ref(owner), record)
 
 
 def live_records() -> list[GraphRecord]:
     """The records of the graphs that are still compiled, in order of compilation."""
     with _lock:
-        _records[:] = [(owner, record) for owner, record in _records if owner is None or owner() is not None]
-        return [record for _, record in _records]
+        _records[:] = [record for record in _records if record.owner is None or record.owner() is not None]
+        return [*_records]
 
 
 def has_attention_alone() -> bool:
@@ -191,7 +172,7 @@ def has_attention_alone() -> bool:
 def drop(record: GraphRecord) -> None:
     """Forgets the record of a compilation that failed."""
     with _lock:
-        _records[:] = [pair for pair in _records if pair[1] is not record]
+        _records[:] = [other for other in _records if other is not record]
 
 
 def clear() -> None:

@@ -148,7 +148,9 @@ def test_weights_of_blocks(head_dim):
     assert not found[..., -5:].any()
 
 
-@pytest.mark.parametrize(("head_dim", "n", "equal"), [(40, 45, False), (64, 7, True)], ids=["clusters", "tiles"])
+@pytest.mark.parametrize(
+    ("head_dim", "n", "equal"), [(40, 45, False), (64, 7, True)], ids=["clusters", "tiles"]
+)
 def test_planned_rows(head_dim, n, equal):
     query, key, value = inputs(170, head_dim, batch=2, heads=3)
     valid = torch.ones(2, 170, dtype=torch.bool)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -79,7 +80,7 @@ def test_a_model_that_is_gone_at_exit_stays_in_its_report(tmp_path: Path) -> Non
     path, owner = tmp_path / "report.json", nn.Module()
     record = records.new_record(resolve({"report": str(path)}, {}))
     record.sites = [site()]
-    records.owned_by(record, owner)
+    record.owner = weakref.ref(owner)
     diagnostics.announce(record)
     record.count({}, 1, [log(0, 1, Decision(density=0.5))])
     del owner

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import weakref
 
 import torch
 from reporting.by_hand import graph, log, site
@@ -60,8 +61,8 @@ def test_records_live_as_long_as_their_callables() -> None:
     def other() -> None: ...
 
     first, second = records.new_record(resolve({}, {})), records.new_record(resolve({}, {}))
-    records.owned_by(first, owner)
-    records.owned_by(second, other)
+    first.owner = weakref.ref(owner)
+    second.owner = weakref.ref(other)
     assert records.live_records() == [first, second]
     del owner
     gc.collect()

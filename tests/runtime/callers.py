@@ -24,7 +24,7 @@ AS_IT_IS = MaskSource((MASK,), "shown", sized=False)
 def site() -> SiteRecord:
     """The site 0, at the place "attn1" of its module."""
     return SiteRecord(
-        0, "attn1", "Attention", "self", 1, 2, 4, 16, 16, 16, 16, "float32", "none", True, "REWRITTEN", "", "", 0,
+        "attn1", "Attention", "self", 1, 2, 4, 16, 16, 16, 16, "float32", "none", 0, True, "REWRITTEN", "", "", 0,
         None, "unknown",
     )  # fmt: skip
 
