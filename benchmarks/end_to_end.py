@@ -44,6 +44,7 @@ from torch._dynamo.utils import clear_compilation_metrics, get_compilation_metri
 from torch.profiler import ProfilerActivity, profile
 
 import svg_ear_compile
+from svg_ear_compile.pipelines import repeated_blocks
 from svg_ear_compile.presets import QUALITY
 
 LONGEST = 1.5
@@ -138,15 +139,15 @@ def generate(
 
 
 def compile_pipeline(pipe: Any, backend: str, options: dict[str, Any] | None, fullgraph: bool) -> None:
-    """Its transformers block by block where diffusers names repeated blocks, else as a whole: as `enable` does it."""
+    """Its transformers block by block where their repeated blocks are known, else as a whole: as `enable` does it."""
     torch._dynamo.reset()
     gc.collect()
     for name in ("transformer", "transformer_2"):
         model = pipe.components.get(name)
-        if model is not None and model._repeated_blocks:
-            model.compile_repeated_blocks(fullgraph=fullgraph, backend=backend, options=options)
-        elif model is not None:
-            model.compile(fullgraph=fullgraph, backend=backend, options=options)
+        if model is not None:
+            names = repeated_blocks(model)
+            for part in [m for m in model.modules() if type(m).__name__ in names] or [model]:
+                part.compile(fullgraph=fullgraph, backend=backend, options=options)
 
 
 def svg_ear_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""CogVideoX: diffusers names no repeated blocks of it, so it is compiled as a whole, which takes longer.
+"""CogVideoX: diffusers names no repeated blocks of it, but `enable` knows them and compiles block by block.
 
 python examples/cogvideox.py [--tiny]
 """

@@ -19,6 +19,8 @@ from . import compat
 from .precedence import resolve
 
 REGIONAL, WHOLE, LEFT = "block by block", "as a whole", "left as it is"
+BLOCKS = {"CogVideoXTransformer3DModel": ["CogVideoXBlock"]}
+"""Repeated blocks that diffusers does not name, and of which alone as much attention is rewritten as of the model."""
 BETTER_WHOLE = {"SanaWMTransformer3DModel"}
 """Of which more attention is rewritten in the whole model than in its blocks alone (docs/MODELS.md)."""
 _enabled: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -54,7 +56,7 @@ def enable(pipe: Any, quality: str | None = None, **options: Any) -> Enabled:
     """Compiles the video transformers of a diffusers pipeline, or one transformer, with backend="svg_ear".
 
     Compilation itself happens in the first call, so offloading, LoRA, caches and `enable_parallelism` may come before
-    or after. A model is compiled block by block where diffusers names its repeated blocks, which takes much less time,
+    or after. A model is compiled block by block where its repeated blocks are known, which takes much less time,
     and else as a whole. A second `enable` replaces the first.
 
     quality: "near-lossless", "high", "balanced" or "turbo". options: any other settings (docs/ENVS.md), and options of
@@ -113,15 +115,13 @@ def compile_model(model: nn.Module, options: dict[str, Any]) -> tuple[str, str]:
             "its layers are offloaded one by one, and graphs end at each of them: use enable_model_cpu_offload(), or "
             'group offloading with offload_type="block_level"'
         )
-    names = getattr(model, "_repeated_blocks", None) or ()
+    names = repeated_blocks(model)
     lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
     named = any(type(block).__name__ in names for blocks in lists for block in blocks)
     regional = named and type(model).__name__ not in BETTER_WHOLE
     how: dict[str, Any] = {"backend": "svg_ear", "options": options or None}
-    if regional:
-        model.compile_repeated_blocks(**how)  # type: ignore[operator]
-    else:
-        model.compile(**how)
+    for part in [m for m in model.modules() if type(m).__name__ in names] if regional else [model]:
+        part.compile(**how)
     _enabled.update(module for module in model.modules() if compat.is_compiled(module))
     if regional:
         return REGIONAL, f"one graph serves all blocks of a kind ({', '.join(names)})"
@@ -129,6 +129,11 @@ def compile_model(model: nn.Module, options: dict[str, Any]) -> tuple[str, str]:
         WHOLE,
         "more of it is rewritten so" if named else "diffusers names no repeated blocks of this model",
     )
+
+
+def repeated_blocks(model: nn.Module) -> list[str]:
+    """The classes of its blocks that are compiled alone; [] if the model is better compiled as a whole."""
+    return getattr(model, "_repeated_blocks", None) or BLOCKS.get(type(model).__name__, [])
 
 
 def _takes_video(pipe: Any) -> bool:

@@ -43,7 +43,7 @@ def state(tiny: Tiny) -> dict[int, set[str]]:
     [
         ("wan", {"transformer": REGIONAL}),
         pytest.param("wan22", {"transformer": REGIONAL, "transformer_2": REGIONAL}, marks=slow),
-        pytest.param("cogvideox", {"transformer": WHOLE}, marks=slow),
+        pytest.param("cogvideox", {"transformer": REGIONAL}, marks=slow),
         pytest.param("hunyuan_video", {"transformer": REGIONAL}, marks=slow),
     ],
 )
