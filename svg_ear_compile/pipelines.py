@@ -19,7 +19,11 @@ from . import compat
 from .precedence import resolve
 
 REGIONAL, WHOLE, LEFT = "block by block", "as a whole", "left as it is"
-BLOCKS = {"CogVideoXTransformer3DModel": ["CogVideoXBlock"]}
+BLOCKS = {
+    "CogVideoXTransformer3DModel": ["CogVideoXBlock"],
+    "ConsisIDTransformer3DModel": ["ConsisIDBlock"],
+    "EasyAnimateTransformer3DModel": ["EasyAnimateTransformerBlock"],
+}
 """Repeated blocks that diffusers does not name, and of which alone as much attention is rewritten as of the model."""
 BETTER_WHOLE = {"SanaWMTransformer3DModel"}
 """Of which more attention is rewritten in the whole model than in its blocks alone (docs/MODELS.md)."""

@@ -15,7 +15,7 @@ from toy import EAGER, ToyVideo, calls
 from usage.wan import ROUNDING, error
 
 import svg_ear_compile
-from svg_ear_compile.pipelines import BETTER_WHOLE, LEFT, REGIONAL, WHOLE, Enabled
+from svg_ear_compile.pipelines import BETTER_WHOLE, BLOCKS, LEFT, REGIONAL, WHOLE, Enabled
 
 pytestmark = [pytest.mark.usefixtures("fresh"), pytest.mark.filterwarnings("error:svg_ear")]
 STEPS = 2
@@ -125,6 +125,25 @@ def test_layers_offloaded_one_by_one_are_left_with_advice(way: str) -> None:
 def test_models_that_are_better_whole(name: str) -> None:
     """Token replacement has blocks that diffusers does not name as repeated; of Sana-WM blocks alone show less."""
     assert hows(svg_ear_compile.enable(tiny_model(name))) == {"model": WHOLE}
+
+
+@pytest.mark.parametrize(
+    "name", ["cogvideox", *(pytest.param(n, marks=slow) for n in ("consisid", "easyanimate"))]
+)
+def test_blocks_that_diffusers_does_not_name(name: str) -> None:
+    """Alone they show as much as the whole model does: each layer's attention, and the frame grid."""
+    from models.tiny import build as build_model
+
+    model, arguments = build_model(name)
+    assert type(model).__name__ in BLOCKS
+    assert not model._repeated_blocks, "diffusers names them by now: out of the table"
+    call = {**arguments(5, 8, 8), "return_dict": False}
+    with torch.no_grad():
+        expected = model(**call)[0]
+        assert hows(svg_ear_compile.enable(model, **DENSITY_1)) == {"model": REGIONAL}
+        assert error(model(**call)[0], expected) < ROUNDING
+    assert calls() == (2, {})
+    assert "frame grid: 5 x 8 x 8, read off the rotary tables" in str(svg_ear_compile.report())
 
 
 def test_the_table_of_models_says_which_are_better_whole() -> None:
