@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from functools import cache
 from typing import NamedTuple
 
@@ -28,18 +26,24 @@ class Choice(NamedTuple):
 
 
 def attention_kernel(
-    device: torch.device, dtype: torch.dtype, head_dim: int, variable: bool = False
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    length: int | None = None,
+    variable: bool = False,
 ) -> Choice:
-    """The kernel of a sparse call of `svg_ear::attention`. variable: blocks of any size (order "kmeans")."""
+    """The kernel of a sparse call of `svg_ear::attention`.
+
+    length: tokens; None: of a long video. variable: blocks of any size (order "kmeans").
+    """
     if device.type != "cuda":
         reason = f"the tensors are on {device.type}; the Triton kernels run on CUDA GPUs"
         if device.type != "cpu" or variable:
             return Choice("PyTorch", reason)
-        if cpp_compiler() is None:
-            return Choice(
-                "PyTorch", f"{reason}; there is no C++ compiler to build the faster kernel for CPUs"
-            )
-        return Choice("C++", reason)
+        from . import cpp
+
+        why_not = cpp.why_not(length)
+        return Choice("PyTorch", f"{reason}; {why_not}") if why_not else Choice("C++", reason)
     if head_dim > MAX_HEAD_DIM:
         return Choice("dense", f"head_dim is {head_dim}; the Triton kernels take up to {MAX_HEAD_DIM}")
     try:
@@ -48,12 +52,6 @@ def attention_kernel(
         return Choice("dense", f"Triton cannot be imported ({error}); install the one of this PyTorch")
     why_not = why_not_hopper(capability(device), dtype, head_dim, variable, version())
     return Choice("Triton", why_not) if why_not else Choice("Gluon for Hopper", "")
-
-
-def cpp_compiler() -> str | None:
-    """What builds cpp.py's kernel: $CXX, or the first C++ compiler that is found."""
-    names = (os.environ.get("CXX"), "c++", "g++", "clang++")
-    return next((path for name in names if name and (path := shutil.which(name))), None)
 
 
 def why_not_hopper(

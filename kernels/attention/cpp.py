@@ -12,6 +12,8 @@ Where it cannot be built, and for blocks of other sizes, kernels/attention/torch
 from __future__ import annotations
 
 import ctypes
+import os
+import shutil
 import subprocess
 import tempfile
 import warnings
@@ -22,7 +24,6 @@ import torch
 from torch import Tensor
 
 from ..plan import KEY_BLOCK, QUERY_BLOCK, SparsePlan, Terms
-from .choice import cpp_compiler
 
 LEAST_TOKENS = 1024
 """Shorter calls are over before the kernel is built."""
@@ -34,25 +35,26 @@ FLAGS = (
 _PANEL = 32  # floats of a panel's rows, on the CPU with the widest vectors
 
 
-def library_for(query: Tensor) -> ctypes.CDLL | None:
-    """The kernel, if it can compute a call with these queries."""
-    if query.device.type != "cpu" or query.shape[2] < LEAST_TOKENS or cpp_compiler() is None:
-        return None
-    return _library()
+def why_not(length: int | None) -> str:
+    """Why this kernel does not compute calls of equal tiles and so many tokens; "" if it does. None: long ones.
+
+    Builds it if nothing else is in the way.
+    """
+    if length is not None and length < LEAST_TOKENS:
+        return (
+            f"calls of fewer than {LEAST_TOKENS:,} tokens are over before the faster kernel for CPUs is built"
+        )
+    return _built()[1]
 
 
-def attend(
-    library: ctypes.CDLL,
-    query: Tensor,
-    plan: SparsePlan,
-    scale: float,
-    out: Tensor,
-    terms: Terms | None = None,
-) -> Tensor:
+def attend(query: Tensor, plan: SparsePlan, scale: float, out: Tensor, terms: Terms | None = None) -> Tensor:
     """As in kernels/attention/torch.py, for blocks of at most QUERY_BLOCK queries and KEY_BLOCK keys.
 
-    Raises ValueError for larger ones.
+    Raises ValueError for larger ones, RuntimeError where the kernel cannot be built.
     """
+    library, reason = _built()
+    if library is None:
+        raise RuntimeError(reason)
     B, H, _, D = query.shape
     Cq, Ck = plan.bias.shape[-2:]
     for offsets, most in ((plan.query_offsets, QUERY_BLOCK), (plan.key_offsets, KEY_BLOCK)):
@@ -87,27 +89,30 @@ def attend(
     return out if result is out else out.copy_(result)
 
 
+def compiler() -> str | None:
+    """$CXX, or the first C++ compiler that is found."""
+    names = (os.environ.get("CXX"), "c++", "g++", "clang++")
+    return next((path for name in names if name and (path := shutil.which(name))), None)
+
+
 @cache
-def _library() -> ctypes.CDLL | None:
-    """The kernel; None, with a warning, if it cannot be built."""
+def _built() -> tuple[ctypes.CDLL | None, str]:
+    """The kernel, or why there is none; if building it fails, also as a warning."""
+    command = compiler()
+    if command is None:
+        return None, "there is no C++ compiler to build the faster kernel for CPUs"
     try:
         with tempfile.TemporaryDirectory(prefix="svg_ear_") as folder:
             target = Path(folder) / "attend.so"
             subprocess.run(
-                [str(cpp_compiler()), *FLAGS, str(SOURCE), "-o", str(target)],
-                check=True,
-                capture_output=True,
-                text=True,
+                [command, *FLAGS, str(SOURCE), "-o", str(target)], check=True, capture_output=True, text=True
             )
             library = ctypes.CDLL(str(target))
     except (OSError, subprocess.CalledProcessError) as error:
         said = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
-        warnings.warn(
-            f"svg_ear: attention on this CPU is slower, its C++ kernel was not built: {said[0] if said else error!r}",
-            RuntimeWarning,
-            stacklevel=4,
-        )
-        return None
+        reason = f"the faster kernel for CPUs could not be built: {said[0] if said else repr(error)}"
+        warnings.warn(f"svg_ear: {reason}", RuntimeWarning, stacklevel=4)
+        return None, reason
     for name in ("shared_floats", "thread_floats"):
         getattr(library, name).restype = ctypes.c_int64
-    return library
+    return library, ""

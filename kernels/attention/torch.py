@@ -117,8 +117,8 @@ def attend(
 
     A query that meets nothing, token or centroid, has out 0, as in scaled_dot_product_attention.
     """
-    if not variable and (library := cpp.library_for(query)) is not None:
-        return cpp.attend(library, query, plan, scale, out, terms)
+    if not variable and query.device.type == "cpu" and not cpp.why_not(query.shape[2]):
+        return cpp.attend(query, plan, scale, out, terms)
     length, head, tables = plan.key.shape[2], (-1, -1), (query, query)
     places = [] if terms is None else terms.places.tolist()
     for t in _tiles(query, plan):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import threading
 import warnings
-from functools import cache
 
 import pytest
 import torch
@@ -14,21 +13,14 @@ from torch import Tensor
 from svg_ear_compile.kernels import reference
 from svg_ear_compile.kernels.attention import cpp
 from svg_ear_compile.kernels.attention import torch as attention
-from svg_ear_compile.kernels.attention.choice import attention_kernel, cpp_compiler
+from svg_ear_compile.kernels.attention.choice import attention_kernel
 from svg_ear_compile.kernels.plan import SparsePlan, Terms
 
 from .plans import random_plan
-from .test_attention import assert_accurate
+from .test_attention import assert_accurate, check_nan_stays_in_its_head
 
 B, H = 2, 2
-compiled = pytest.mark.skipif(cpp_compiler() is None, reason="there is no C++ compiler")
-
-
-@cache
-def library():
-    found = cpp._library()
-    assert found is not None
-    return found
+compiled = pytest.mark.skipif(cpp.compiler() is None, reason="there is no C++ compiler")
 
 
 def inputs(length: int, head_dim: int = 32, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -40,7 +32,7 @@ def inputs(length: int, head_dim: int = 32, dtype: torch.dtype = torch.float32) 
 def attend(query: Tensor, plan: SparsePlan, scale: float | None = None, terms: Terms | None = None) -> Tensor:
     out = torch.full_like(query, torch.nan)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    assert cpp.attend(library(), query, plan, scale, out, terms) is out
+    assert cpp.attend(query, plan, scale, out, terms) is out
     return out
 
 
@@ -102,14 +94,8 @@ def plain_attend(query: Tensor, plan: SparsePlan, terms: Terms | None = None) ->
 def test_nan_stays_in_its_head_and_what_is_not_kept_is_not_read() -> None:
     query, key, value = inputs(400)
     plan = random_plan(query, key, value, seed=2)
+    check_nan_stays_in_its_head(attend, query, plan)
     clean = attend(query, plan)
-    for name in ("key", "value", "key_centroids", "value_centroids"):
-        bad = getattr(plan, name).clone()
-        bad[1, 0] = torch.nan
-        got = attend(query, plan._replace(**{name: bad}))
-        assert got[1, 0].isnan().any()
-        got[1, 0] = clean[1, 0]
-        assert torch.equal(got, clean)
     used = (plan.bias > -torch.inf).any(dim=2)
     bad = [x.masked_fill(~used[..., None], torch.nan) for x in (plan.key_centroids, plan.value_centroids)]
     assert torch.equal(attend(query, plan._replace(key_centroids=bad[0], value_centroids=bad[1])), clean)
@@ -138,7 +124,7 @@ def test_any_layout_the_same_bits_from_any_number_of_threads() -> None:
     plan = random_plan(query, key, value)
     once = attend(query, plan)
     other = torch.empty(B, H, 32, 500).mT  # as no model has it
-    cpp.attend(library(), query.mT.contiguous().mT, plan, 32**-0.5, other)
+    cpp.attend(query.mT.contiguous().mT, plan, 32**-0.5, other)
     assert torch.equal(other, once)
     threads, found = torch.get_num_threads(), []
     try:
@@ -161,44 +147,57 @@ def test_larger_blocks_are_refused() -> None:
         attend(query, random_plan(query, key, value, equal=False))
 
 
+@pytest.fixture
+def build_anew():
+    """What was built is forgotten before and after."""
+    cpp._built.cache_clear()
+    yield
+    cpp._built.cache_clear()
+
+
 @compiled
-def test_who_calls_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_calls_it(monkeypatch: pytest.MonkeyPatch, build_anew: None) -> None:
     """Long calls of equal tiles, where there is a compiler; the report says the same."""
     called = []
-    monkeypatch.setattr(cpp, "attend", lambda *a: called.append(a) or a[4])
-    query, key, value = inputs(cpp.LEAST_TOKENS)
-    plan = random_plan(query, key, value)
-    for variable in (True, False):
-        attention.attend(query, plan, 1.0, torch.empty_like(query), variable)
-        assert len(called) == (not variable)
-    short = [x[:, :, :200] for x in (query, key, value)]
-    attention.attend(short[0], random_plan(*short), 1.0, torch.empty_like(short[0]), False)
-    assert len(called) == 1
-    cpu = torch.device("cpu")
-    assert attention_kernel(cpu, torch.float32, 128).name == "C++"
-    assert attention_kernel(cpu, torch.float32, 128, variable=True).name == "PyTorch"
+    monkeypatch.setattr(cpp, "attend", lambda *a: called.append(a) or a[3])
+    cpu, most = torch.device("cpu"), cpp.LEAST_TOKENS
+
+    def runs(length: int, variable: bool) -> str:
+        query, key, value = inputs(length)
+        before = len(called)
+        attention.attend(query, random_plan(query, key, value), 1.0, torch.empty_like(query), variable)
+        return "C++" if len(called) > before else "PyTorch"
+
+    def told(length: int, variable: bool) -> str:
+        return attention_kernel(cpu, torch.float32, 32, length, variable).name
+
+    for case, expected in (((most, False), "C++"), ((most, True), "PyTorch"), ((most - 1, False), "PyTorch")):
+        assert runs(*case) == told(*case) == expected
+    assert "fewer than 1,024 tokens" in attention_kernel(cpu, torch.float32, 32, most - 1).reason
+    cpp._built.cache_clear()
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
-    attention.attend(query, plan, 1.0, torch.empty_like(query), False)
-    assert len(called) == 1
-    assert "no C++ compiler" in attention_kernel(cpu, torch.float32, 128).reason
+    assert runs(most, False) == told(most, False) == "PyTorch"
+    assert "no C++ compiler" in attention_kernel(cpu, torch.float32, 32, most).reason
+    monkeypatch.undo()
+    query, key, value = inputs(most)
+    with pytest.raises(RuntimeError, match="no C\\+\\+ compiler"):
+        cpp.attend(query, random_plan(query, key, value), 1.0, torch.empty_like(query))
 
 
-def test_a_build_that_fails_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_build_that_fails_is_told_once(monkeypatch: pytest.MonkeyPatch, build_anew: None) -> None:
     def fail(command: list[str], **_: object) -> None:
         raise subprocess.CalledProcessError(1, command, stderr="error: no such option\nmore")
 
-    cpp._library.cache_clear()
-    monkeypatch.setattr(cpp, "cpp_compiler", lambda: "c++")
+    monkeypatch.setattr(cpp, "compiler", lambda: "c++")
     monkeypatch.setattr(subprocess, "run", fail)
-    try:
-        query, key, value = inputs(cpp.LEAST_TOKENS)
-        plan = random_plan(query, key, value)
-        with pytest.warns(RuntimeWarning, match="no such option"):
-            got = attention.attend(query, plan, 1.0, torch.empty_like(query), False)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            attention.attend(query, plan, 1.0, torch.empty_like(query), False)
-        assert torch.equal(got, attention.attend(query, plan, 1.0, torch.empty_like(query)))
-    finally:
-        cpp._library.cache_clear()
+    query, key, value = inputs(cpp.LEAST_TOKENS)
+    plan = random_plan(query, key, value)
+    with pytest.warns(RuntimeWarning, match="no such option"):
+        got = attention.attend(query, plan, 1.0, torch.empty_like(query), False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attention.attend(query, plan, 1.0, torch.empty_like(query), False)
+        choice = attention_kernel(torch.device("cpu"), torch.float32, 32, cpp.LEAST_TOKENS)
+    assert (choice.name, "no such option" in choice.reason) == ("PyTorch", True)
+    assert torch.equal(got, attention.attend(query, plan, 1.0, torch.empty_like(query)))
