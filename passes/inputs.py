@@ -68,7 +68,7 @@ def _written(node: fx.Node) -> list[fx.Node]:
     if writes_in_place(node.target):
         return [n for n in node.all_input_nodes if isinstance(example(n), torch.Tensor)]
     targets = [*node.args[:1]] * is_in_place(node) + [node.kwargs.get("out")]
-    return [n for n in targets if isinstance(example(n), torch.Tensor)]  # type: ignore[misc]
+    return [n for n in targets if isinstance(n, fx.Node) and isinstance(example(n), torch.Tensor)]
 
 
 def _storage(node: fx.Node) -> Any:

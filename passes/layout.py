@@ -68,7 +68,8 @@ def _layout(axes: Axes, axis: Axis, ranks: int = 1) -> Layout | None:
     num_text = _length(text * ranks)
     if num_text is None:
         return None
-    of_all = cut_of(video[0])[0] if ranks > 1 else video[0]  # type: ignore[index]
+    cut = cut_of(video[0]) if ranks > 1 else None
+    of_all = video[0] if cut is None else cut[0]
     grid, source = _grid(axes, of_all) if len(places) == 1 else (None, "several videos laid end to end")
     words = ", ".join(f"{_root_name(part)} {'first' if before else 'last'}" for part in text)
     return Layout(num_text, bool(before), grid, words or "video only", source)
@@ -131,8 +132,9 @@ def _grid(axes: Axes, part: Part) -> tuple[tuple[int | Extent, int | Extent, int
         lengths = [_length([(atom,)]) for atom in kept]
         if len(lengths) == 2 and source == "shapes" and kept[0].root_rank > 3:
             lengths.insert(0, 1)  # an image; two dimensions of flattened tokens may be anything
-        if len(lengths) == 3 and None not in lengths:
+        known = [length for length in lengths if length is not None]
+        if len(lengths) == len(known) == 3:
             root = kept[-1].root
             where = f"{source} of {last_key(root)}" if root is not None and source == "shapes" else source
-            return tuple(lengths), where  # type: ignore[return-value]
+            return (known[0], known[1], known[2]), where
     return None, "unknown"

@@ -87,7 +87,10 @@ def _varies_along(node: fx.Node) -> str:
             flipped = not flipped
         elif name not in _SAME_VALUES | {"repeat", "expand"}:
             return ""
-        node = node.args[0]  # type: ignore[assignment]
+        before = node.args[0]
+        if not isinstance(before, fx.Node):
+            return ""
+        node = before
 
 
 def _thin(node: fx.Node, sizes: tuple[int | None, int | None]) -> fx.Node | None:
@@ -97,7 +100,10 @@ def _thin(node: fx.Node, sizes: tuple[int | None, int | None]) -> fx.Node | None
             return node if found[0] in (1, sizes[0]) and found[3] == sizes[1] else None
         if op_name(node) not in _SAME_VALUES | {"repeat", "expand"}:
             return None
-        node = node.args[0]  # type: ignore[assignment]
+        before = node.args[0]
+        if not isinstance(before, fx.Node):
+            return None
+        node = before
     return None
 
 

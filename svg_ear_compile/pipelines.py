@@ -128,7 +128,7 @@ def compile_model(model: nn.Module, options: dict[str, Any]) -> tuple[str, str]:
         part.compile(**how)
     _enabled.update(module for module in model.modules() if compat.is_compiled(module))
     if regional:
-        return REGIONAL, f"one graph serves all blocks of a kind ({', '.join(names)})"
+        return REGIONAL, f"blocks of a kind share their graphs ({', '.join(names)})"
     return (
         WHOLE,
         "more of it is rewritten so" if named else "diffusers names no repeated blocks of this model",

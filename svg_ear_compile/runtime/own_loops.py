@@ -55,9 +55,8 @@ class Clock:
         """
         if self._branches is not None:
             self._advance_to(self._calls // self._branches)
-            if (
-                self._announced is not None and self._step == self._announced
-            ):  # called more often than announced
+            # None is no step: a number that was not announced is never reached.
+            if self._step == self._announced:
                 self._restart(self._new(None))
                 self._calls = 0
                 self._advance_to(0)

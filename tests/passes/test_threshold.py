@@ -56,3 +56,5 @@ def test_least_tokens(
     monkeypatch.setattr(threshold.torch.cuda, "get_device_capability", lambda _: (9, 0))
     query = SimpleNamespace(device=torch.device(device), dtype=dtype, shape=(1, 24, 8192, dim))
     assert least_tokens(query) == least  # type: ignore[arg-type]
+    monkeypatch.setattr(threshold.torch.version, "hip", "7.0")  # MI250 reports 9.0, too
+    assert least_tokens(query) == MIN_TOKENS  # type: ignore[arg-type]
