@@ -39,8 +39,7 @@ def stages(record: dict[str, Any]) -> list[tuple[str, float, float, float]]:
     found = {
         "permute": (0, 5 * rows),  # query, key and value are read, key and value written
         "probe": (4 * H * queries * L * D, 2 * rows + 8 * pairs),  # two products with each query centroid
-        # Errors and gaps are read once, codes of two bytes written and read five times; biases and lists written.
-        "rest": (0, pairs * (4 + 2 + 5 * 2 + 4 + 4 + 4)),
+        "rest": (0, 16 * pairs),  # errors and gaps are read, biases and lists written
         "attend": (exact + 4 * H * L * keys * D, 4 * rows + 8 * pairs),
     }
     return [(name, *work, record[f"{name} ms"] / 1e3) for name, work in found.items()]
