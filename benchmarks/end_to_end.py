@@ -26,6 +26,7 @@ import argparse
 import gc
 import json
 import time
+from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -74,11 +75,12 @@ def generate(
     profiled: bool = False,
 ) -> Run:
     """steps: it is stopped after so many; None: whole. profiled: the kernels of the last step are."""
-    clock, early = Clock(args.device), []
+    clock, early, compiled = Clock(args.device), [], []
     profiler = profile(activities=[ProfilerActivity.CUDA])
 
     def at_end(step: int, latents: Tensor) -> None:
         clock.mark()
+        compiled.append(len(get_compilation_metrics()))
         if step < args.dense_steps_timed:
             early.append(latents.clone())
         if steps is not None and step + 1 == steps:
@@ -108,7 +110,7 @@ def generate(
         profiler.stop()
     return Run(
         seconds, time.perf_counter() - start, sum(m.entire_frame_compile_time_s or 0.0 for m in metrics),
-        [m.recompile_reason for m in metrics if m.recompile_reason],
+        [(bisect_right(compiled, i), m.recompile_reason) for i, m in enumerate(metrics) if m.recompile_reason],
         torch.cuda.max_memory_allocated() if clock.is_cuda else None, bool(latents.isfinite().all()), early,
         groups(profiler.events()) if profiled else [],
     )  # fmt: skip
