@@ -29,7 +29,6 @@ from .passes.layout import grid_reader
 from .passes.match import in_words, match
 from .passes.rewrite import rewrite
 from .passes.site import KeyMask, Reason, Site, Verdict
-from .passes.sizes import hint
 from .passes.sources import is_activation
 from .passes.subgraphs import inline_regions
 from .precedence import Resolved, resolve
@@ -155,7 +154,7 @@ def _kernels(sites: list[Site], settings: Settings) -> list[str]:
     """Which attention kernels these sites run on, and why no faster ones do."""
     queries = [site.node.args[0] if site.node.args else site.node.kwargs["query"] for site in sites]
     values = [query.meta["example_value"] for query in queries if isinstance(query, fx.Node)]
-    kinds = dict.fromkeys((x.device, x.dtype, int(x.shape[-1]), hint(x.shape[2])) for x in values)
+    kinds = dict.fromkeys((x.device, x.dtype, int(x.shape[-1])) for x in values)
     choices = [attention_kernel(*kind, variable=settings.order == "kmeans") for kind in kinds]
     return list(dict.fromkeys(c.name + (f" ({c.reason})" if c.reason else "") for c in choices))
 

@@ -17,7 +17,7 @@ GLUON_VERSIONS = ((3, 6), (3, 9))
 class Choice(NamedTuple):
     """What runs, for the report.
 
-    name: "PyTorch" (torch.py), "C++" (cpp.py), "Triton" (triton.py), "Gluon for Hopper" (hopper.py), or
+    name: "PyTorch" (torch.py), "Triton" (triton.py), "Gluon for Hopper" (hopper.py), or
     "dense" where none of them can run. reason: why it is no faster one, in words; "" for the fastest.
     """
 
@@ -26,24 +26,11 @@ class Choice(NamedTuple):
 
 
 def attention_kernel(
-    device: torch.device,
-    dtype: torch.dtype,
-    head_dim: int,
-    length: int | None = None,
-    variable: bool = False,
+    device: torch.device, dtype: torch.dtype, head_dim: int, variable: bool = False
 ) -> Choice:
-    """The kernel of a sparse call of `svg_ear::attention`.
-
-    length: tokens; None: of a long video. variable: blocks of any size (order "kmeans").
-    """
+    """The kernel of a sparse call of `svg_ear::attention`. variable: blocks of any size (order "kmeans")."""
     if device.type != "cuda":
-        reason = f"the tensors are on {device.type}; the Triton kernels run on CUDA GPUs"
-        if device.type != "cpu" or variable:
-            return Choice("PyTorch", reason)
-        from . import cpp
-
-        why_not = cpp.why_not(length)
-        return Choice("PyTorch", f"{reason}; {why_not}") if why_not else Choice("C++", reason)
+        return Choice("PyTorch", f"the tensors are on {device.type}; the Triton kernels run on CUDA GPUs")
     if head_dim > MAX_HEAD_DIM:
         return Choice("dense", f"head_dim is {head_dim}; the Triton kernels take up to {MAX_HEAD_DIM}")
     try:

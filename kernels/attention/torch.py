@@ -1,57 +1,102 @@
 """Sparse attention with centroid compensation in plain PyTorch: skipped blocks really cost nothing.
 
-Per batch element, head and query block: gather the rows that the block meets (tokens of kept blocks,
-centroids of compensated ones), two matrix products and a softmax, all in float32, one rounding at the end.
-Offsets and lists are read on the host once per call, so this path is for the CPU. `attend` hands equal tiles to the
-kernel in cpp.py where that can be built; for what is computed here `variable` (blocks of any size?) makes no
-difference.
+Per batch element and head, as many query blocks at a time as there are threads: gather the rows that each block meets
+(tokens of kept blocks, centroids of compensated ones), two batched matrix products and a softmax, all in float32, one
+rounding at the end. So each thread has a block of its own, whose rows and weights fit into its cache. All batches are
+computed in the same memory, which is faster than new memory for each (docs/TRIED.md).
+
+Blocks of a batch have equally many queries and, being sorted, about as many rows; lists of rows are padded to the
+longest with a row of weight 0. Lists are read on the host, so this path is for the CPU. `variable` (blocks of any
+size?) is the Triton kernels' business and makes no difference here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import groupby, product
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..plan import SparsePlan, Terms
-from . import cpp
 
 
-class _Tile(NamedTuple):
-    """One query block of one head."""
+class _Batch(NamedTuple):
+    """g query blocks of one head, each of m queries, and the n rows at most that each of them meets.
 
-    b: int
-    h: int
-    block: int
-    tokens: Tensor  # [m] its queries, in the model's order
-    query: Tensor  # [m,D] float32
-    slots: Tensor  # [n] rows of its kept key blocks in plan.key
-    centroids: Tensor  # [c] key blocks whose bias is not -inf
-    bias: Tensor  # [c] float32
+    logits and values lie in memory that the next batch overwrites.
+    """
+
+    head: tuple[int, int]
+    blocks: list[int]  # g
+    tokens: Tensor  # [g*m] their queries, in the model's order
+    query: Tensor  # [g,m,D] float32
+    logits: Tensor  # [g,m,n] scale q.k + bias; -inf in padding
+    values: Tensor  # [g,n,D]
+    skipped: Tensor  # [g,n] bool: centroids, in the last Ck places, and padding, in the first
+
+    def softmax(self) -> tuple[Tensor, Tensor]:
+        """(weights, in place of the logits; their sums of the values [g,m,D])."""
+        weights = torch.softmax(self.logits, dim=-1, out=self.logits)
+        return weights, torch.bmm(weights, self.values)
 
 
-def _tiles(query: Tensor, plan: SparsePlan) -> Iterator[_Tile]:
-    """The query blocks that hold queries."""
-    B, H = query.shape[:2]
-    query_offsets, counts = plan.query_offsets.tolist(), plan.kept_count.tolist()
-    blocks = torch.arange(plan.bias.shape[-1], device=plan.key_offsets.device)
-    for b in range(B):
-        for h in range(H):
-            block_of_slot = blocks.repeat_interleave(plan.key_offsets[b, h].diff())
-            for i, count in enumerate(counts[b][h]):
-                first, last = query_offsets[b][h][i : i + 2]
-                if first == last:
-                    continue
-                tokens = plan.query_order[b, h, first:last].long()
-                kept = torch.zeros_like(blocks, dtype=torch.bool)
-                kept[plan.kept_blocks[b, h, i, :count].long()] = True
-                bias = plan.bias[b, h, i]
-                centroids = (bias != -torch.inf).nonzero()[:, 0]
-                rows = query[b, h].index_select(0, tokens).float()
-                slots = kept[block_of_slot].nonzero()[:, 0]
-                yield _Tile(b, h, i, tokens, rows, slots, centroids, bias[centroids])
+def _batches(query: Tensor, plan: SparsePlan, scale: float) -> Iterator[_Batch]:
+    """The query blocks that hold queries and meet anything."""
+    (B, H, L, D), (Cq, Ck) = query.shape, plan.bias.shape[-2:]
+    none = plan.bias.new_full((B, H, Cq, Ck + 1), -torch.inf)
+    listed = torch.arange(Ck, device=query.device) < plan.kept_count[..., None]
+    kept = none.scatter(-1, torch.where(listed, plan.kept_blocks.long(), Ck), 0)[..., :Ck]
+    # What a query block can meet, in columns: the tokens of each key block, the centroid of each, and padding.
+    bias = torch.cat([kept, plan.bias, none[..., :1]], dim=-1)
+    rows_of = F.pad(plan.key_offsets.diff(dim=-1), (0, Ck + 1), value=1)
+    counts = ((bias != -torch.inf) * rows_of[:, :, None]).sum(-1)
+    query_sizes = plan.query_offsets.diff(dim=-1)
+
+    together, longest = min(torch.get_num_threads(), Cq), int(counts.max())
+    table_memory = query.new_empty((2, L + Ck + 1, D), dtype=torch.float32)
+    row_memory = query.new_empty((2, together * longest, D), dtype=torch.float32)
+    logit_memory = query.new_empty(together * int(query_sizes.max()) * longest, dtype=torch.float32)
+    for head in product(range(B), range(H)):
+        column_of = torch.arange(2 * Ck + 1, device=query.device).repeat_interleave(rows_of[head])
+        end = len(column_of)
+        tables = [
+            torch.cat([x[head][: end - Ck - 1], centroids[head], x.new_zeros(1, D)], out=memory[:end])
+            for x, centroids, memory in zip(
+                (plan.key, plan.value), (plan.key_centroids, plan.value_centroids), table_memory, strict=True
+            )
+        ]
+        met = (bias[head] != -torch.inf).index_select(1, column_of).nonzero()[:, 1]
+        lists = met.split(counts[head].tolist())
+        for blocks in _alike(query_sizes[head].tolist(), counts[head].tolist(), together):
+            padded = [lists[i] for i in blocks]
+            rows = pad_sequence(padded, batch_first=True, padding_value=end - 1, padding_side="left")
+            g, n = rows.shape
+            keys, values = (
+                torch.index_select(table, 0, rows.flatten(), out=memory[: g * n]).view(g, n, D)
+                for table, memory in zip(tables, row_memory, strict=True)
+            )
+            m = int(query_sizes[head][blocks[0]])
+            slots = plan.query_offsets[head][blocks][:, None] + torch.arange(m, device=query.device)
+            tokens = plan.query_order[head][slots.flatten()].long()
+            queries = query[head].index_select(0, tokens).view(g, m, D).float()
+            columns = column_of[rows]
+            biases = bias[head][blocks].gather(1, columns)[:, None]
+            out = logit_memory[: g * m * n].view(g, m, n)
+            logits = torch.baddbmm(biases, queries, keys.mT, alpha=scale, out=out)
+            yield _Batch(head, blocks, tokens, queries, logits, values, columns >= Ck)
+
+
+def _alike(queries: list[int], rows: list[int], most: int) -> Iterator[list[int]]:
+    """Blocks that have any of both, in groups of equally many queries and about as many rows."""
+    sizes = list(zip(queries, rows, strict=True))
+    filled = sorted((i for i, size in enumerate(sizes) if all(size)), key=sizes.__getitem__, reverse=True)
+    for _, equal in groupby(filled, queries.__getitem__):
+        blocks = list(equal)
+        yield from (blocks[first : first + most] for first in range(0, len(blocks), most))
 
 
 def sparse_exact(
@@ -63,13 +108,9 @@ def sparse_exact(
     """
     lse = query.new_full(query.shape[:-1], -torch.inf, dtype=torch.float32)
     out.zero_()
-    for t in _tiles(query, plan):
-        if len(t.slots) == 0:
-            continue
-        keys, values = (x[t.b, t.h].index_select(0, t.slots).float() for x in (plan.key, plan.value))
-        logits = torch.mm(t.query, keys.T).mul_(scale)
-        lse[t.b, t.h, t.tokens] = logits.logsumexp(dim=-1)
-        out[t.b, t.h].index_copy_(0, t.tokens, (logits.softmax(dim=-1) @ values).to(out.dtype))
+    for x in _batches(query, plan._replace(bias=torch.full_like(plan.bias, -torch.inf)), scale):
+        lse[x.head].index_copy_(0, x.tokens, x.logits.logsumexp(dim=-1).flatten())
+        _write(out, x, x.softmax()[1])
     return out, lse
 
 
@@ -87,18 +128,12 @@ def centroid_compensation(
     (e^lse exact + sum_j w_j vc_j) / (e^lse + sum_j w_j), w_j = e^(scale q.kc_j + bias_j)
     """
     out.copy_(exact)
-    for t in _tiles(query, plan):
-        if len(t.centroids) == 0:
-            continue
-        keys, values = (x[t.b, t.h, t.centroids].float() for x in (plan.key_centroids, plan.value_centroids))
-        logits = torch.addmm(t.bias, t.query, keys.T, alpha=scale)
-        skipped, kept = logits.logsumexp(dim=-1), lse[t.b, t.h, t.tokens]
+    for x in _batches(query, plan._replace(kept_count=torch.zeros_like(plan.kept_count)), scale):
+        skipped = x.logits.logsumexp(dim=-1, keepdim=True)
+        kept = lse[x.head][x.tokens].view_as(skipped)
         both = torch.logaddexp(skipped, kept)
-        merged = (
-            exact[t.b, t.h, t.tokens].float() * (kept - both).exp()[:, None]
-            + (logits.softmax(dim=-1) @ values) * (skipped - both).exp()[:, None]
-        )
-        out[t.b, t.h].index_copy_(0, t.tokens, merged.to(out.dtype))
+        known = exact[x.head][x.tokens].view_as(x.query).float()
+        _write(out, x, known * (kept - both).exp() + x.softmax()[1] * (skipped - both).exp())
     return out
 
 
@@ -112,32 +147,22 @@ def attend(
 ) -> Tensor:
     """Both in one: centroids are further keys of one softmax. Writes into out and returns it.
 
-    variable: False promises at most QUERY_BLOCK queries and KEY_BLOCK keys in a block.
     terms: of first order, kernels/attention/first_order.py.
 
     A query that meets nothing, token or centroid, has out 0, as in scaled_dot_product_attention.
     """
-    if not variable and query.device.type == "cpu" and not cpp.why_not(query.shape[2]):
-        return cpp.attend(query, plan, scale, out, terms)
-    length, head, tables = plan.key.shape[2], (-1, -1), (query, query)
     places = [] if terms is None else terms.places.tolist()
-    for t in _tiles(query, plan):
-        if head != (t.b, t.h):  # tokens, then centroids: one gather per tile takes from both
-            head = (t.b, t.h)
-            tables = (
-                torch.cat([plan.key[head], plan.key_centroids[head]]).float(),
-                torch.cat([plan.value[head], plan.value_centroids[head]]).float(),
-            )
-        rows = torch.cat([t.slots, t.centroids + length])
-        if len(rows) == 0:
-            out[head].index_fill_(0, t.tokens, 0)
-            continue
-        keys, values = (table.index_select(0, rows) for table in tables)
-        bias = torch.cat([t.bias.new_zeros(len(t.slots)), t.bias])
-        weights = torch.addmm(bias, t.query, keys.T, alpha=scale).softmax(dim=-1)
-        result = weights @ values
-        if terms is not None and (place := places[t.h]) >= 0:
-            share = weights[:, len(t.slots) :].sum(-1, keepdim=True)
-            result += share * (t.query @ terms.matrices[t.b, place, t.block])
-        out[head].index_copy_(0, t.tokens, result.to(out.dtype))
+    out.zero_()
+    for x in _batches(query, plan, scale):
+        weights, result = x.softmax()
+        b, h = x.head
+        if terms is not None and (place := places[h]) >= 0:
+            last = slice(-plan.bias.shape[-1], None)
+            share = (weights[..., last] * x.skipped[:, None, last]).sum(-1, keepdim=True)
+            result += share * (x.query @ terms.matrices[b, place, x.blocks])
+        _write(out, x, result)
     return out
+
+
+def _write(out: Tensor, batch: _Batch, result: Tensor) -> None:
+    out[batch.head].index_copy_(0, batch.tokens, result.flatten(0, 1).to(out.dtype))

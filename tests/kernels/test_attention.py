@@ -1,7 +1,11 @@
-"""The PyTorch kernels on random plans: against the float64 joint softmax of the very plan."""
+"""The PyTorch kernels on random plans: against the float64 joint softmax of the very plan.
+
+A fixture sets one thread. With more of them blocks are computed together, and their lists are padded.
+"""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from svg_ear_compile.kernels import reference
 from svg_ear_compile.kernels.attention import torch as attention
-from svg_ear_compile.kernels.plan import SparsePlan
+from svg_ear_compile.kernels.plan import SparsePlan, Terms
 
 from .plans import random_plan
 
@@ -31,9 +35,17 @@ def poisoned(query: Tensor) -> Tensor:
     return query.new_full((B, query.shape[2], H, D), torch.nan).transpose(1, 2)
 
 
-def attend(query: Tensor, plan: SparsePlan) -> Tensor:
+def attend(query: Tensor, plan: SparsePlan, terms: Terms | None = None) -> Tensor:
     out = poisoned(query)
-    assert attention.attend(query, plan, SCALE, out) is out
+    assert attention.attend(query, plan, SCALE, out, terms=terms) is out
+    return out
+
+
+def together(query: Tensor, plan: SparsePlan, terms: Terms | None = None) -> Tensor:
+    """attend, three blocks at a time."""
+    torch.set_num_threads(3)
+    out = attend(query, plan, terms)
+    torch.set_num_threads(1)
     return out
 
 
@@ -54,7 +66,8 @@ def check(query: Tensor, plan: SparsePlan) -> None:
     """attend, sparse_exact and the three ops against the reference."""
     want = reference.joint_softmax(query, plan, SCALE)
     plain = reference.joint_softmax(query, plan, SCALE, query.dtype)
-    assert_accurate(attend(query, plan), want, plain)
+    for whole in (attend, together):
+        assert_accurate(whole(query, plan), want, plain)
     # out is rounded to the dtype between the ops
     assert_accurate(three_ops(query, plan), want, plain, factor=2 if query.dtype == torch.float32 else 3)
 
@@ -116,7 +129,7 @@ def test_centroids_alone() -> None:
 def test_a_query_that_meets_nothing_gets_zero() -> None:
     query, key, value = inputs(200)
     plan = random_plan(query, key, value, keep=0.0, compensate=False)
-    for out in (attend(query, plan), three_ops(query, plan)):
+    for out in (attend(query, plan), together(query, plan), three_ops(query, plan)):
         assert torch.equal(out, torch.zeros_like(out))
 
 
@@ -129,6 +142,29 @@ def test_large_logits() -> None:
     assert logits.max() > 500
     assert logits.min() < -500
     check(query, plan)
+    plan.key[0, 0, 7] = torch.inf
+    kept = reference.kept_matrix(plan)[0, 0, :, (plan.key_offsets[0, 0, 1:] > 7).int().argmax()]
+    touched = kept.repeat_interleave(plan.query_offsets[0, 0].diff())
+    for whole in (attend, together):
+        found = whole(query, plan).isnan().any(-1)
+        assert not found[0, 0, plan.query_order[0, 0, ~touched]].any()
+        assert found.any()
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_first_order_terms(most: int) -> None:
+    query, key, value = inputs(1000)
+    plan = random_plan(query, key, value)
+    terms = Terms(torch.tensor([-1, 0]), torch.randn(B, 1, plan.bias.shape[2], D, D))
+    torch.set_num_threads(most)
+    got, without = attend(query, plan, terms), attend(query, plan)
+    ones = torch.ones_like(plan.value_centroids)
+    share = attend(query, plan._replace(value=torch.zeros_like(plan.value), value_centroids=ones))
+    for b in range(B):
+        of_slot = terms.matrices[b, 0].repeat_interleave(plan.query_offsets[b, 1].diff(), dim=0)
+        tokens = plan.query_order[b, 1].long()
+        without[b, 1, tokens] += share[b, 1, tokens] * (query[b, 1, tokens, None] @ of_slot)[:, 0]
+    torch.testing.assert_close(got, without, rtol=1e-5, atol=1e-5)
 
 
 def test_duplicated_tokens() -> None:
@@ -141,7 +177,7 @@ def test_duplicated_tokens() -> None:
 def test_nan_stays_in_its_head() -> None:
     query, key, value = inputs(200)
     plan = random_plan(query, key, value, equal=False, seed=2)
-    for whole in (attend, three_ops):
+    for whole in (attend, together, three_ops):
         check_nan_stays_in_its_head(whole, query, plan)
 
 
@@ -170,7 +206,11 @@ def test_what_is_not_kept_is_not_read() -> None:
         key[b, h, rows], value[b, h, rows] = torch.nan, torch.nan
         unread += 1
     assert unread > 0
-    assert torch.equal(attend(query, plan._replace(key=key, value=value)), clean)
+    used = (plan.bias > -torch.inf).any(dim=2)
+    means = [x.masked_fill(~used[..., None], torch.nan) for x in (plan.key_centroids, plan.value_centroids)]
+    bad = plan._replace(key=key, value=value, key_centroids=means[0], value_centroids=means[1])
+    assert torch.equal(attend(query, bad), clean)
+    assert torch.equal(together(query, bad), together(query, plan))
 
 
 def test_skipped_blocks_cost_nothing() -> None:
@@ -182,9 +222,27 @@ def test_skipped_blocks_cost_nothing() -> None:
     with FlopCounterMode(display=False) as counter:
         attend(query, plan)
     assert counter.get_total_flops() == 4 * D * int(pairs.sum())
+    with FlopCounterMode(display=False) as counter:
+        together(query, plan)
+    assert counter.get_total_flops() <= 1.1 * 4 * D * int(pairs.sum())
 
 
 def test_same_bits_twice() -> None:
     query, key, value = inputs(500)
     plan = random_plan(query, key, value, equal=False)
     assert torch.equal(attend(query, plan), attend(query, plan))
+
+
+def test_any_layout_from_several_threads() -> None:
+    query, key, value = inputs(500)
+    plan, found = random_plan(query, key, value), []
+    once = together(query, plan)
+    torch.set_num_threads(3)
+    for _ in range(3):
+        caller = threading.Thread(target=lambda: found.append(attend(query.mT.contiguous().mT, plan)))
+        caller.start()
+        found.append(attend(query, plan))
+        caller.join()
+    assert len(found) == 6
+    for out in found:
+        torch.testing.assert_close(out, once)
