@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 
 def covariances(
@@ -22,22 +23,22 @@ def covariances(
     0 for an empty block, after the last one (columns >= Ck), and where an entry is not finite: a block of weight
     0 must add nothing, and 0 x infinity would. float32 here; the key's dtype on a GPU.
     """
-    B, _, _, D = key.shape
-    found = key.new_zeros((B, len(heads), columns, D, D), dtype=torch.float32)
+    (B, _, _, D), Ck = key.shape, key_centroids.shape[2]
+    found = key.new_empty((B, len(heads), columns, D, D), dtype=torch.float32)
+    found[:, :, Ck:] = 0
     for b in range(B):
         for i, h in enumerate(heads.tolist()):
-            starts, sizes = offsets[b, h, :-1], offsets[b, h].diff()
-            place = torch.arange(int(sizes.max()), device=sizes.device)
-            inside = place < sizes[:, None]
-            slots = torch.where(inside, starts[:, None] + place, 0)
+            sizes = offsets[b, h].diff()
+            count = sizes.clamp(min=1)[:, None, None]
+            after = torch.arange(int(sizes.max()), device=sizes.device) >= sizes[:, None]
             k, v = (
-                (x[b, h][slots].float() - centroids[b, h].float()[:, None]).masked_fill_(
-                    ~inside[..., None], 0
-                )
+                pad_sequence(x[b, h, : int(sizes.sum())].split(sizes.tolist()), batch_first=True).float()
+                - centroids[b, h].float()[:, None]
                 for x, centroids in ((key, key_centroids), (value, value_centroids))
             )
-            torch.bmm(k.mT, v, out=found[b, i, : len(sizes)])
-            found[b, i, : len(sizes)] /= sizes.clamp(min=1)[:, None, None]
+            if after.any():
+                k, v = (x.masked_fill_(after[..., None], 0) for x in (k, v))
+            torch.bmm((k / count).mT, v, out=found[b, i, :Ck])
     return found.nan_to_num_(0, 0, 0)
 
 
