@@ -135,7 +135,7 @@ def _zero_where(bias: fx.Node) -> fx.Node | None:
     """The bool tensor that is True where a bias is 0, if it is -large everywhere else."""
     name, args = op_name(bias), bias.args
     if name == "where" and len(args) == 3 and _number(args[1]) == 0 and _is_large(args[2], HIDES):
-        return args[0] if _is_bool(args[0]) else None  # type: ignore[return-value]
+        return args[0] if isinstance(args[0], fx.Node) and _is_bool(args[0]) else None
     if name != "mul" or len(args) != 2:
         return None
     node, factor = args if isinstance(args[0], fx.Node) else args[::-1]

@@ -66,8 +66,8 @@ def shape(node: Any) -> tuple[int, ...] | None:
     value = example(node)
     if not isinstance(value, torch.Tensor):
         return None
-    sizes = tuple(hint(size) for size in value.shape)
-    return None if None in sizes else sizes  # type: ignore[return-value]
+    sizes = [size for size in map(hint, value.shape) if size is not None]
+    return tuple(sizes) if len(sizes) == value.dim() else None
 
 
 def shown(size: Any) -> int | str:

@@ -14,7 +14,7 @@ from torch import fx
 
 from svg_ear_compile.compat import is_higher_order
 
-from .fx_utils import SDPA, copy_graph
+from .fx_utils import SDPA, copy_graph, op_name
 from .sizes import example
 
 _REGIONS = {"tag_activation_checkpoint": 1, "invoke_subgraph": 2}
@@ -42,7 +42,7 @@ def nested_attention(gm: fx.GraphModule) -> list[tuple[str, str, fx.Node]]:
     found = []
     for node in gm.graph.nodes:
         for body in _bodies(gm, node):
-            name = str(getattr(node.target, "__name__", node.target))
+            name = op_name(node)
             calls = body.graph.find_nodes(op="call_function", target=SDPA)
             kind = f"attention inside of {_WORDS.get(name, name)}"
             found += [(kind, _advice(name), call) for call in calls]
@@ -67,7 +67,7 @@ def _bodies(gm: fx.GraphModule, node: fx.Node) -> list[fx.GraphModule]:
 
 def _can_inline(gm: fx.GraphModule, node: fx.Node) -> bool:
     bodies = _bodies(gm, node)
-    if len(bodies) != 1 or str(getattr(node.target, "__name__", "")) not in _REGIONS:
+    if len(bodies) != 1 or op_name(node) not in _REGIONS:
         return False
     outputs = [example(user) for user in node.users] + [example(node)]
     flat = [x for out in outputs for x in (out if isinstance(out, (tuple, list)) else [out])]
@@ -78,13 +78,13 @@ def _can_inline(gm: fx.GraphModule, node: fx.Node) -> bool:
 
 def _inline(graph: fx.Graph, node: fx.Node, path: str, body: fx.GraphModule) -> None:
     """Writes the nodes of a body where a node runs it."""
-    operands = iter(node.args[_REGIONS[node.target.__name__] :])  # type: ignore[union-attr]
-    copies: dict[fx.Node, fx.Node] = {}
+    operands = iter(node.args[_REGIONS[op_name(node)] :])
+    copies: dict[fx.Node, Any] = {}
     result: Any = None
     with graph.inserting_before(node):
         for inner in body.graph.nodes:
             if inner.op == "placeholder":
-                copies[inner] = next(operands)  # type: ignore[assignment]
+                copies[inner] = next(operands)
             elif inner.op == "output":
                 result = fx.node.map_arg(inner.args[0], copies.__getitem__)
             else:
