@@ -8,7 +8,7 @@ from op_calls import decided
 from torch import Tensor
 
 from svg_ear_compile.kernels import context, ops, planning, reference
-from svg_ear_compile.kernels.attention import first_order
+from svg_ear_compile.kernels.attention import covariance_torch, first_order
 from svg_ear_compile.kernels.constants import SiteConstants
 from svg_ear_compile.kernels.plan import SparsePlan
 
@@ -86,6 +86,21 @@ def test_a_block_that_is_not_finite_spoils_no_other(bad: float) -> None:
     assert held[:, block].any()
     found = first_order.matrices(plan, SCALE, torch.arange(H))
     assert found.isfinite().all()
+
+
+def test_columns_after_the_last_block_are_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key, value = inputs(300)
+    plan = random_plan(query, key, value, equal=False, num_text=20)
+    tensors = (plan.key, plan.value, plan.key_offsets, plan.key_centroids, plan.value_centroids)
+    blocks = plan.key_centroids.shape[2]
+
+    def used_before(tensor: Tensor, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return tensor.new_full(size, 7.0, dtype=dtype)
+
+    monkeypatch.setattr(Tensor, "new_empty", used_before)
+    found = covariance_torch.covariances(*tensors, torch.tensor([0, 2]), blocks + 3)
+    assert found[:, :, :blocks].any()
+    assert not found[:, :, blocks:].any()
 
 
 def test_nothing_skipped_nothing_added() -> None:
