@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from svg_ear_compile.kernels.attention import triton as triton_attention
+from svg_ear_compile.kernels.attention.schedule_triton import schedule
 from svg_ear_compile.kernels.blocks import permute_triton as triton_permute
 from svg_ear_compile.kernels.plan import KEY_BLOCK, QUERY_BLOCK, SparsePlan
 from svg_ear_compile.kernels.probe import torch as probe
@@ -166,7 +167,7 @@ def main() -> None:
             except Exception as error:  # noqa: BLE001 - one configuration may not fit this GPU
                 rows.append([*row, f"{type(error).__name__}: {str(error)[:60]}"])
         print(f"{rows[-1][0]}: exact density {exact:.4f}", flush=True)
-    tiles = milliseconds(lambda: triton_attention.schedule(plan, QUERY_BLOCK, clusters), 3)
+    tiles = milliseconds(lambda: schedule(plan, QUERY_BLOCK, clusters), 3)
     headers = ["blocks", *Config._fields, "exact only ms", "fused ms", "exact TFLOP/s", "x dense", "vs first"]
     print(f"{torch.cuda.get_device_name()}, L={L} H={H} D={D}, dense {dense:.1f} ms, schedule {tiles:.3f} ms")
     print(tabulate(rows, headers=headers, floatfmt=".4g"))

@@ -11,8 +11,8 @@ FlashAttention-3 (arXiv 2407.08608), but its two groups of warps do not take str
   of the other group hide it.
 - Centroids come first: there are always some, so the kept blocks need no special first step.
 - First-order terms (kernels/attention/first_order.py) are one more tile in the ring of values: a query block's matrix.
-- A bias costs no addition: divided by the scale, it is the initial accumulator of the logits' matrix product. A tile
-  of 128 keys that all count has none.
+- A bias costs no addition: divided by the scale, it is the initial accumulator of the logits' matrix product. Tiles of
+  kept keys have neither: where not all of 128 keys count, the others' logits are overwritten.
 
 Logits, maxima, sums and outputs are float32, as there; every sum has a fixed order. Gluon is experimental and
 changes between releases: choice.py says for which ones this was written.
@@ -27,12 +27,11 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..plan import KEY_BLOCK, SparsePlan, Terms
 from .hopper_kernel import BOX, attention_kernel
+from .schedule_triton import heaviest_first
 
 
-def attend(
-    query: Tensor, plan: SparsePlan, scale: float, out: Tensor, order: Tensor, terms: Terms | None = None
-) -> Tensor:
-    """Writes into out and returns it. order [B,H,Cq] int32: the query blocks of a head, heaviest first."""
+def attend(query: Tensor, plan: SparsePlan, scale: float, out: Tensor, terms: Terms | None = None) -> Tensor:
+    """Writes into out and returns it."""
     B, H, L, D = query.shape
     Cq, Ck = plan.bias.shape[-2:]
     if query.stride(-1) != 1:
@@ -44,7 +43,7 @@ def attend(
         places, matrices, n = terms.places, _descriptor(terms.matrices.flatten(1, 2)), terms.matrices.shape[1]
     attention_kernel[(Cq, H, B)](
         query, *sources, plan.query_order, plan.query_offsets, plan.key_offsets, plan.bias,
-        plan.kept_count, plan.kept_blocks, order, places, matrices, out,
+        plan.kept_count, plan.kept_blocks, heaviest_first(plan.kept_count), places, matrices, out,
         scale, H, L, Cq, Ck, n, *query.stride()[:3], *out.stride()[:3],
         **meta(D, terms is not None),
     )  # fmt: skip

@@ -27,6 +27,7 @@ BOX = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
 _BOX = gl.constexpr(BOX)
 _LINE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))  # [_STEP], one number per thread
 _TILE = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
+_LOGITS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * KEY_BLOCK, 16]))
 
 
 @gluon.jit
@@ -101,10 +102,20 @@ def _centroid_bias(bias, at, Ck, unscale):
 
 
 @gluon.jit
-def _of_every_row(bias, LAYOUT: gl.constexpr):
+def _of_every_row(bias):
     """[_STEP] in _LINE to [_ROWS, _STEP]."""
-    row = gl.convert_layout(bias, gl.SliceLayout(0, LAYOUT))[None, :]
-    return gl.broadcast(row, gl.zeros([_ROWS, _STEP], gl.float32, LAYOUT))[0]
+    row = gl.convert_layout(bias, gl.SliceLayout(0, _LOGITS))[None, :]
+    return gl.broadcast(row, gl.zeros([_ROWS, _STEP], gl.float32, _LOGITS))[0]
+
+
+@gluon.jit
+def _counted(s, size0, size1):
+    """The logits of two windows of these sizes. A window ends where its block ends: only its last slots count."""
+    if size0 + size1 < _STEP:
+        slot = gl.arange(0, _STEP, gl.SliceLayout(0, _LOGITS))
+        counts = gl.where(slot < _BLOCK, slot >= _BLOCK - size0, slot >= _STEP - size1)
+        s = gl.where(counts[None, :], s, float("-inf"))
+    return s
 
 
 @gluon.jit
@@ -118,20 +129,25 @@ def _softmax(s, scale, top, total):
 
 
 @gluon.jit
-def _step(q, key_ring, value_ring, step, start, biased, scale, p, top, total, acc):
+def _step(
+    q, key_ring, value_ring, step, start, size0, size1, CENTROIDS: gl.constexpr, scale, p, top, total, acc
+):
     """One tile's logits and softmax; the weights p of the previous tile are multiplied by their values. start: what
-    the products of queries and keys are added to, if biased."""
+    the products of queries and centroids are added to. Those with the two windows of kept keys are added to nothing:
+    an accumulator of zeros would cost as many instructions as the exponentials."""
     keys, k_ready, k_free = key_ring
     values, v_ready, v_free = value_ring
     STAGES: gl.constexpr = keys.shape[0]
     stage = step % STAGES
     before = (step - 1) % STAGES
     mbarrier.wait(k_ready.index(stage), step // STAGES & 1)
-    s = warpgroup_mma(q, keys.index(stage).permute((1, 0)), start, use_acc=biased, is_async=True)
+    s = warpgroup_mma(q, keys.index(stage).permute((1, 0)), start, use_acc=CENTROIDS, is_async=True)
     mbarrier.wait(v_ready.index(before), (step - 1) // STAGES & 1)
     acc = warpgroup_mma(p, values.index(before), acc, is_async=True)
     s = warpgroup_mma_wait(1, deps=[s])
     mbarrier.arrive(k_free.index(stage), count=1)
+    if not CENTROIDS:
+        s = _counted(s, size0, size1)
     top, total, weights, shrink = _softmax(s, scale, top, total)
     new_p = gl.convert_layout(weights.to(values.dtype), p.type.layout)
     acc, p, new_p, total = warpgroup_mma_wait(0, deps=[acc, p, new_p, total])
@@ -160,7 +176,6 @@ def _compute(
     values, v_ready, _v_free = value_ring
     D: gl.constexpr = queries.shape[2]
     rows: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    logits: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _STEP, 16])
     outputs: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, outputs, 2)
 
@@ -171,9 +186,9 @@ def _compute(
 
     unscale = _LOG2_E / scale
     acc = gl.zeros([_ROWS, D], gl.float32, outputs)
-    top = gl.full([_ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, logits))
-    total = gl.zeros([_ROWS], gl.float32, gl.SliceLayout(1, logits))
-    start = _of_every_row(_centroid_bias(bias, 0, Ck, unscale), logits)
+    top = gl.full([_ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, _LOGITS))
+    total = gl.zeros([_ROWS], gl.float32, gl.SliceLayout(1, _LOGITS))
+    start = _of_every_row(_centroid_bias(bias, 0, Ck, unscale))
     b = _centroid_bias(bias, _STEP, Ck, unscale)
     mbarrier.wait(k_ready.index(0), 0)
     s = warpgroup_mma(q, keys.index(0).permute((1, 0)), start)
@@ -182,27 +197,27 @@ def _compute(
     p = gl.convert_layout(weights.to(keys.dtype), operand)
     centroid_steps = (Ck + _STEP - 1) // _STEP
     for step in range(1, centroid_steps):
-        start = _of_every_row(b, logits)
+        start = _of_every_row(b)
         b = _centroid_bias(bias, (step + 1) * _STEP, Ck, unscale)
-        p, top, total, acc = _step(q, key_ring, value_ring, step, start, True, scale, p, top, total, acc)
+        p, top, total, acc = _step(
+            q, key_ring, value_ring, step, start, 0, 0, True, scale, p, top, total, acc
+        )
 
     centroid_top, centroid_total = top, total
+    zeros = gl.zeros([_ROWS, _STEP], gl.float32, _LOGITS)
     # Indices are read two steps and sizes one step before they are used: nothing waits for them.
     block0, block1 = _pair(kept, 0, count)
     size0, size1 = _sizes(key_offsets, block0, block1)
     block0, block1 = _pair(kept, 2, count)
     for at in range(0, count, 2):
         size1 = gl.where(at + 1 < count, size1, 0)
-        partial = size0 + size1 < _STEP
-        start = gl.zeros([_ROWS, _STEP], gl.float32, logits)
-        if partial:  # a window ends where its block ends: only its last slots count
-            slot = gl.arange(0, _STEP, _LINE)
-            counts = gl.where(slot < _BLOCK, slot >= _BLOCK - size0, slot >= _STEP - size1)
-            start = _of_every_row(gl.where(counts, 0.0, float("-inf")), logits)
+        of_now = size0, size1
         size0, size1 = _sizes(key_offsets, block0, block1)
         block0, block1 = _pair(kept, at + 4, count)
         step = centroid_steps + at // 2
-        p, top, total, acc = _step(q, key_ring, value_ring, step, start, partial, scale, p, top, total, acc)
+        p, top, total, acc = _step(
+            q, key_ring, value_ring, step, zeros, *of_now, False, scale, p, top, total, acc
+        )
 
     STAGES: gl.constexpr = keys.shape[0]
     step = centroid_steps + (count + 1) // 2 - 1

@@ -35,6 +35,7 @@ from ..plan import KEY_BLOCK, QUERY_BLOCK, SparsePlan, Terms
 from ..triton_configs import Config, config_for
 from ..triton_tiles import capability, descriptor, version
 from .choice import MAX_HEAD_DIM, why_not_hopper
+from .schedule_triton import schedule
 from .triton_kernel import attention_kernel
 
 
@@ -75,33 +76,9 @@ def attend(
     if config is None and scale > 0 and not why_not_hopper(*found):
         from . import hopper
 
-        return hopper.attend(query, plan, scale, out, schedule(plan, QUERY_BLOCK, variable)[0], terms)
+        return hopper.attend(query, plan, scale, out, terms)
     _launch(query, plan, scale, out, None, None, variable, config, terms)
     return out
-
-
-def schedule(plan: SparsePlan, block_m: int, variable: bool) -> tuple[Tensor, Tensor]:
-    """(query block, first row in it) of every program, [B,H,tiles] int32 each, most kept blocks first.
-
-    Equal tiles: the blocks alone, and the second tensor is unused. Otherwise as many tiles as there can be at
-    most with these shapes; the surplus ones come last with block -1. Ties go to the lowest index.
-    """
-    if not variable:
-        order = plan.kept_count.argsort(dim=-1, descending=True, stable=True).int()
-        return order, order
-    B, H, L = plan.query_order.shape
-    Cq = plan.kept_count.shape[-1]
-    tiles = (plan.query_offsets.diff(dim=-1) + (block_m - 1)).div(block_m, rounding_mode="floor")
-    ends = tiles.cumsum(-1)
-    rank = torch.arange(-(-L // block_m) + Cq, device=ends.device).expand(B, H, -1).contiguous()
-    block = torch.searchsorted(ends, rank, right=True)
-    inside = block < Cq
-    known = block.clamp(max=Cq - 1)
-    first = (rank - (ends - tiles).gather(-1, known)) * block_m
-    weight = plan.kept_count.gather(-1, known).masked_fill(~inside, -1)
-    heavy_first = weight.argsort(dim=-1, descending=True, stable=True)
-    block = block.masked_fill(~inside, -1).gather(-1, heavy_first)
-    return block.int(), first.gather(-1, heavy_first).int()
 
 
 def _launch(

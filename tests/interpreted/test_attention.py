@@ -16,6 +16,7 @@ from svg_ear_compile.kernels import reference
 from svg_ear_compile.kernels.attention import covariance_torch as covariance
 from svg_ear_compile.kernels.attention import covariance_triton as triton_covariance
 from svg_ear_compile.kernels.attention import first_order
+from svg_ear_compile.kernels.attention import schedule_triton as triton_schedule
 from svg_ear_compile.kernels.attention import triton as triton_attention
 from svg_ear_compile.kernels.blocks import permute_torch as permute
 from svg_ear_compile.kernels.blocks import permute_triton as triton_permute
@@ -271,7 +272,7 @@ def test_unsupported_is_refused():
 def test_schedule_covers_every_query_once_heaviest_first(block_m):
     query, key, value = inputs(700, 16, heads=2)
     plan = random_plan(query, key, value, equal=False)
-    blocks, firsts = triton_attention.schedule(plan, block_m, True)
+    blocks, firsts = triton_schedule.schedule(plan, block_m, True)
     for head in range(2):
         offsets, seen = plan.query_offsets[0, head].tolist(), []
         weights = []
@@ -282,6 +283,14 @@ def test_schedule_covers_every_query_once_heaviest_first(block_m):
                 seen += range(start, min(start + block_m, offsets[block + 1]))
         assert sorted(seen) == list(range(700))
         assert weights == sorted(weights, reverse=True)
+
+
+@pytest.mark.parametrize("blocks", [1, 63, 130, 300])
+def test_heaviest_first_is_a_stable_sort(blocks):
+    random = torch.Generator().manual_seed(blocks)
+    counts = torch.randint(0, 9, (2, 3, blocks), generator=random, dtype=torch.int32)
+    expected = counts.argsort(dim=-1, descending=True, stable=True)
+    assert torch.equal(triton_schedule.heaviest_first(counts).long(), expected)
 
 
 @pytest.mark.parametrize("equal", [True, False], ids=["tiles", "clusters"])
