@@ -66,13 +66,13 @@ class SiteDecision:
     dense: why the site runs dense in this call; "": it runs sparse. density: what a sparse call may spend;
     None: whatever the routing finds. split_heads: [H], which heads go by splits although the grid is known
     (order "auto"); empty: none. first_order: [H], which heads get first-order terms
-    (kernels/attention/first_order.py); empty: none. measure: what to measure, or None.
+    (kernels/attention/first_order.py); empty: none; None: all. measure: what to measure, or None.
     """
 
     dense: str = ""
     density: float | None = None
     split_heads: tuple[bool, ...] = ()
-    first_order: tuple[bool, ...] = ()
+    first_order: tuple[bool, ...] | None = ()
     measure: Measure | None = None
 
 

@@ -186,7 +186,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | Non
         if c.variable and not c.compensate:  # no centroid counts, so none need be read
             out, _ = kernels_for(query).attention.sparse_exact(query, plan, c.scale_of(query), out)
         else:
-            chosen = decisions.of(c).first_order
+            named = decisions.of(c).first_order
+            chosen = (True,) * query.shape[1] if named is None else named
             out = first_order.attend(query, plan, c.scale_of(query), out, c.variable, chosen)
         query_order = plan.query_order
         del plan  # a trial makes others, as large as this one

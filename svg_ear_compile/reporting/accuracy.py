@@ -55,8 +55,9 @@ def call_errors(graph: GraphRecord) -> list[CallError]:
     return sorted(found, key=lambda e: (e.graph, e.model, e.layer, e.site, e.branch, e.step))
 
 
-def _share(heads: tuple[bool, ...]) -> float:
-    return sum(heads) / max(len(heads), 1)
+def _share(heads: tuple[bool, ...] | None) -> float:
+    """None: all."""
+    return 1.0 if heads is None else sum(heads) / max(len(heads), 1)
 
 
 def summary(errors: Sequence[CallError]) -> dict[str, Any]:

@@ -141,7 +141,7 @@ class Controller:
             if not frozen and self._is_due(layer, branch, count)
             else None,
             split_heads=variants.split_heads,
-            first_order=variants.first_order,
+            first_order=variants.first_order if s.first_order else (),
             anew=s.order != "kmeans" and count % RESPLIT == 0,
         )
         return self._try(decision, layer, branch, frozen)

@@ -25,11 +25,14 @@ each other from step to step."""
 
 @dataclass
 class HeadVariants:
-    """The choice of one layer. split_heads, first_order: the heads that use each, [H]; () if none do."""
+    """The choice of one layer. split_heads, first_order: the heads that use each, [H]; () if none do.
+
+    first_order is None until there is a choice: most heads use terms, so till then all do.
+    """
 
     is_tried: bool = False
     split_heads: tuple[bool, ...] = ()
-    first_order: tuple[bool, ...] = ()
+    first_order: tuple[bool, ...] | None = None
 
     def choose(self, sums: Tensor, orders: int, terms: bool) -> Tensor:
         """Chooses the best variant of each head from the sums [orders * densities * forms,2,B,H] of a trial.

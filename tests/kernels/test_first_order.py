@@ -148,3 +148,14 @@ def test_the_op_adds_them_for_the_call_s_heads() -> None:
     torch.testing.assert_close(out.double(), want, atol=2e-6, rtol=2e-5)
     exact = reference.dense(query, key, value)
     assert (out - exact)[:, [0, 2]].norm() < (plain - exact)[:, [0, 2]].norm()
+
+
+def test_heads_that_are_not_known_all_have_them() -> None:
+    query, key, value = inputs(256)
+    constants = SiteConstants(None, 0, False, list(GRID), "cubes", "output_error", True, 0.3, 0, 5)
+    found = []
+    for heads in (None, (True,) * H, ()):
+        with context.active(decided(constants, first_order=heads)):
+            found.append(ops.attention(query, key, value, None, *constants))
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])

@@ -216,6 +216,18 @@ def test_a_head_gets_first_order_terms_where_its_error_is_clearly_smaller() -> N
     assert (decision.split_heads, decision.first_order) == ((True, False, False), (True, False, True))
 
 
+def test_all_heads_have_first_order_terms_until_a_trial_has_chosen() -> None:
+    def trial(layer: int, step: int, decision: Decision) -> Tensor:
+        forms = len(orders(decision)) * 2
+        return lost(torch.tensor([[0.03, 0.03]] + [[0.03, 0.03], [0.01, 0.03]] * (forms // 2)))
+
+    heads = [decision.first_order for decision in Run(density=0.3)(trial, warm_up=0).of(0)]
+    assert heads[0] is None, "the first step is sparse, and what it tries is known in the next one"
+    assert heads[1:] == [(True, False)] * (len(heads) - 1)
+    assert {d.first_order for d in Run(density=0.3, first_order=False)(warm_up=0).of(0)} == {()}
+    assert {d.first_order for d in Run(density=0.3, measure_every=0)(warm_up=0).of(0)} == {None}
+
+
 def test_forms_are_tried_only_where_there_is_a_choice() -> None:
     assert not any(densities(d) for d in Run(density=0.3, order="cubes", first_order=False)().of(0)[:WARM_UP])
     assert not any(d.measure is not None for d in Run(density=0.3, measure_every=0)().of(0))
