@@ -106,7 +106,7 @@ def check(form: Form, plans: dict[int, SparsePlan]) -> None:
     backend.reset()
     torch.set_num_threads(1)
     options = {"inner": "eager", "min_tokens": 1, "dense_steps": 0, "dense_layers": 0, "strict": True}
-    variants = Variants({**options, "sites": "" if form.clip else "*"})
+    variants = Variants({**options, "sites": "" if form.clip else "*", "first_order": False})
     model = Model(form).to(form.dtype).eval()
     arguments = model.arguments()
     eager = run(model, arguments, form.dtype)

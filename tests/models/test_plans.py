@@ -19,6 +19,7 @@ from toy import SPARSE
 
 import svg_ear_compile
 from svg_ear_compile.kernels import reference
+from svg_ear_compile.kernels.plan import SparsePlan
 
 pytestmark = [pytest.mark.usefixtures("fresh"), pytest.mark.filterwarnings("error:svg_ear")]
 
@@ -57,8 +58,12 @@ def rounding(name: str, way: str) -> float:
     return error(run(name, way, backend="inductor"), model(**call(name, arguments))[0])
 
 
+def with_terms(query: Tensor, plan: SparsePlan, scale: float) -> Tensor:
+    return reference.joint_softmax(query, plan, scale, first_order=(True,) * query.shape[1])
+
+
 def check(name: str, way: str, kept: Kept, **options: Any) -> None:
-    options = {**SPARSE, "min_tokens": 1, "density": 0.3, **options}
+    options = {**SPARSE, "min_tokens": 1, "density": 0.3, "first_order": False, **options}
     got = run(name, way, backend="svg_ear", options=options)
     assert all(map(compensates, kept)), "a centroid for every block that is skipped"
     assert any(map(skips, kept)), "a sparse run"
@@ -67,7 +72,8 @@ def check(name: str, way: str, kept: Kept, **options: Any) -> None:
 
     model, arguments = build(name)
     truth, arguments = Truth(model, way == "regional"), call(name, arguments)
-    off, off_if_dropped = (error(got, truth(arguments, kept, f)) for f in (reference.joint_softmax, dropped))
+    formula = with_terms if options["first_order"] else reference.joint_softmax
+    off, off_if_dropped = (error(got, truth(arguments, kept, f)) for f in (formula, dropped))
     allowed = max(ROUNDING[dtype] for dtype in dtypes)
     if off > allowed and options.get("inner") != "eager":
         torch._dynamo.reset()
@@ -79,6 +85,11 @@ def check(name: str, way: str, kept: Kept, **options: Any) -> None:
 @pytest.mark.parametrize(("name", "way"), MODELS)
 def test_equals_the_joint_softmax_of_its_plans(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     check(name, way, Kept(monkeypatch), inner="eager")
+
+
+def test_the_first_call_has_first_order_terms_in_all_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What its trial finds is known in the next step."""
+    check("wan", "regional", Kept(monkeypatch), inner="eager", first_order=True)
 
 
 def test_a_run_that_drops_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,7 @@ DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 GRID = (3, 16, 16)
 """768 tokens, of which each rank has a frame and a half."""
 DENSE = {**EAGER, "min_tokens": 1, "density": 1.0}
-SPARSE = {**EAGER, "min_tokens": 1, "density": 0.3}
+SPARSE = {**EAGER, "min_tokens": 1, "density": 0.3, "first_order": False}
 Figures = dict[str, Any]
 
 
