@@ -174,8 +174,8 @@ class Settings:
     )
     first_order: bool = _setting(
         True, _bool, BOOLEAN,
-        "add first-order terms to the centroids, in heads whose measured error is then clearly smaller; not possible "
-        "with compensate 0 or merge 0",
+        "add first-order terms to the centroids: in all heads until errors are measured, then where they are clearly "
+        "smaller; not possible with compensate 0 or merge 0",
     )  # fmt: skip
     order: str = _setting(
         "auto", _choice("auto", "cubes", "splits", "kmeans"), "auto, cubes, splits or kmeans",
