@@ -28,11 +28,12 @@ import json
 import time
 from bisect import bisect_right
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from end_to_end_models import MODELS, TINY_SIZE, Watched, build
+from end_to_end_models import MODELS, Watched, build, start_of
 from end_to_end_stacks import STACKS
 from end_to_end_summary import Run, show, steps_of, summary
 from timing import groups
@@ -67,6 +68,10 @@ class Clock:
         return [a.elapsed_time(b) / 1e3 for a, b in zip(self.marks, self.marks[1:], strict=False)]
 
 
+class Stopped(Exception):  # noqa: N818 - nothing went wrong
+    """Raised where a generation has run as many steps as it should."""
+
+
 def generate(
     pipe: Any,
     told: dict[str, Any],
@@ -75,16 +80,17 @@ def generate(
     profiled: bool = False,
 ) -> Run:
     """steps: it is stopped after so many; None: whole. profiled: the kernels of the last step are."""
-    clock, early, compiled = Clock(args.device), [], []
+    clock, early, compiled, finite = Clock(args.device), [], [], []
     profiler = profile(activities=[ProfilerActivity.CUDA])
 
     def at_end(step: int, latents: Tensor) -> None:
         clock.mark()
         compiled.append(len(get_compilation_metrics()))
+        finite.append(latents.isfinite().all())
         if step < args.dense_steps_timed:
             early.append(latents.clone())
         if steps is not None and step + 1 == steps:
-            pipe._interrupt = True
+            raise Stopped
         if profiled and step + 2 == args.steps:
             torch.cuda.synchronize()
             profiler.start()
@@ -104,14 +110,15 @@ def generate(
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     clock.mark()
-    latents = pipe(**told).frames
+    with suppress(Stopped):
+        pipe(**told)
     seconds, metrics = clock.seconds(), get_compilation_metrics()
     if profiled:
         profiler.stop()
     return Run(
         seconds, time.perf_counter() - start, sum(m.entire_frame_compile_time_s or 0.0 for m in metrics),
         [(bisect_right(compiled, i), m.recompile_reason) for i, m in enumerate(metrics) if m.recompile_reason],
-        torch.cuda.max_memory_allocated() if clock.is_cuda else None, bool(latents.isfinite().all()), early,
+        torch.cuda.max_memory_allocated() if clock.is_cuda else None, all(map(bool, finite)), early,
         groups(profiler.events()) if profiled else [],
     )  # fmt: skip
 
@@ -164,7 +171,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, help="writes figures, hardware and versions there")
     args = parser.parse_args(argv)
-    size = TINY_SIZE if args.tiny else MODELS[args.model].size
+    model = MODELS[args.model]
+    size = model.tiny_size if args.tiny else model.size
     for name, default in zip(("width", "height", "frames"), size, strict=True):
         setattr(args, name, getattr(args, name) or default)
     args.stack = [name for name in args.stack.split(",") if name]
@@ -209,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         last = run("svg_ear", None, args.profile)
     keep("steps", steps_of(last))
     keep("report", json.loads(svg_ear_compile.report().to_json()))
-    keep("summary", summary(runs, results["steps"], args, told["latents"]))
+    keep("summary", summary(runs, results["steps"], args, start_of(told, args)))
     show(results, args)
     if args.warm:
         for name, how in (("inductor", inductor), ("svg_ear", ours)):

@@ -29,19 +29,28 @@ class Model(NamedTuple):
     make: Callable[[argparse.Namespace, Noise], tuple[Any, dict[str, Any]]]
     config: dict[str, Any]
     tiny: dict[str, Any]
+    tiny_size: Clip = (256, 256, 9)
 
 
-class Watched(diffusers.FlowMatchEulerDiscreteScheduler):
+class Watched:
     """For pipelines without `callback_on_step_end`. at_end: called with the number of the step and the latents."""
 
     at_end: Callable[[int, Tensor], None] | None = None
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
-        number = self.step_index or 0
-        stepped = super().step(*args, **kwargs)
+        number = self.step_index or 0  # type: ignore[attr-defined]
+        stepped = super().step(*args, **kwargs)  # type: ignore[misc]
         if self.at_end is not None:
             self.at_end(number, stepped[0])
         return stepped
+
+
+class WatchedEuler(Watched, diffusers.FlowMatchEulerDiscreteScheduler):
+    pass
+
+
+class WatchedMiniMaxH3(Watched, diffusers.MiniMaxH3Scheduler):
+    pass
 
 
 def transformer(args: argparse.Namespace) -> Any:
@@ -141,7 +150,7 @@ def hunyuan15(args: argparse.Namespace, noise: Noise) -> tuple[Any, dict[str, An
         args.device
     )
     return diffusers.HunyuanVideo15Pipeline(
-        **parts, vae=vae, transformer=model, scheduler=Watched(shift=7.0), guider=guider
+        **parts, vae=vae, transformer=model, scheduler=WatchedEuler(shift=7.0), guider=guider
     ), told
 
 
@@ -196,6 +205,27 @@ def ltx2(args: argparse.Namespace, noise: Noise) -> tuple[Any, dict[str, Any]]:
     ), told
 
 
+def minimax_h3(args: argparse.Namespace, noise: Noise) -> tuple[Any, dict[str, Any]]:
+    """The blocks of its modular pipeline between the encoders and the decoders: text, stereo sound and video in one
+    packed sequence, one call a step. Its schedule counts the end as a step."""
+    from diffusers.modular_pipelines.minimax_h3 import modular_pipeline
+    from diffusers.modular_pipelines.minimax_h3.modular_blocks_minimax_h3 import MiniMaxH3CoreDenoiseStep
+
+    pipe, model = MiniMaxH3CoreDenoiseStep().init_pipeline(), transformer(args)
+    pipe.update_components(
+        transformer=model,
+        scheduler=WatchedMiniMaxH3(),
+        audio_scheduler=diffusers.MiniMaxH3Scheduler(shift=3.0),
+    )
+    frames = modular_pipeline.video_latent_num_frames(args.frames, 17, 5)
+    text, sound = 300, modular_pipeline.audio_latent_num_frames(args.frames)
+    return pipe, {
+        "prompt_embeds": noise(text, model.config.text_dim).to(dtype(args)), "text_token_tags": torch.ones(text),
+        "latents": noise(24, frames, args.height // 16, args.width // 16),
+        "audio_latents": noise(2, 32, sound)[0], "num_inference_steps": args.steps + 1, "output": "latents",
+    }  # fmt: skip
+
+
 _TINY_WAN = {
     "num_attention_heads": 2,
     "attention_head_dim": 32,
@@ -228,6 +258,10 @@ _TINY_LTX2 = {
     "cross_attention_dim": 32, "audio_num_attention_heads": 2, "audio_attention_head_dim": 16,
     "audio_cross_attention_dim": 32, "caption_channels": 16, "audio_in_channels": 128,
 }  # fmt: skip
+_TINY_MINIMAX_H3 = {
+    "num_attention_heads": 2, "attention_head_dim": 32, "hidden_size": 32, "ffn_dim": 64, "text_dim": 16,
+    "time_embed_hidden_dim": 32, "time_embed_dim": 16, "rope_freq_dim": 4, "num_refiner_layers": 1,
+}  # fmt: skip
 MODELS = {
     "wan14b": Model(_WAN, _HD, 50, wan, {"num_layers": 40}, _TINY_WAN),
     "wan14b_480p": Model(_WAN, _SD, 50, wan, {"num_layers": 40}, _TINY_WAN),
@@ -246,9 +280,12 @@ MODELS = {
         "CogVideoXTransformer3DModel", (720, 480, 49), 50, cogvideox, _COGVIDEOX, _TINY_COGVIDEOX
     ),
     "ltx2": Model("LTX2VideoTransformer3DModel", (1536, 1024, 121), 40, ltx2, {"num_layers": 48}, _TINY_LTX2),
+    "minimax_h3": Model(
+        "MiniMaxH3Transformer3DModel", (1344, 768, 124), 50, minimax_h3, {"num_layers": 50}, _TINY_MINIMAX_H3,
+        (96, 64, 124),
+    ),
 }  # fmt: skip
 """What a configuration does not name has its published value by default."""
-TINY_SIZE = (256, 256, 9)
 
 
 def build(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
@@ -258,8 +295,21 @@ def build(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     def noise(*size: int) -> Tensor:
         return torch.randn(1, *size, device=args.device, generator=generator)
 
-    pipe, told = MODELS[args.model].make(args, noise)
-    told |= {"width": args.width, "height": args.height, "num_frames": args.frames}
-    told |= {"num_inference_steps": args.steps, "output_type": "latent"}
+    pipe, own = MODELS[args.model].make(args, noise)
+    told = {"width": args.width, "height": args.height, "num_frames": args.frames}
+    told |= {
+        "num_inference_steps": args.steps,
+        **({} if "output" in own else {"output_type": "latent"}),
+        **own,
+    }
     pipe.set_progress_bar_config(mininterval=5)
     return pipe, told
+
+
+def start_of(told: dict[str, Any], args: argparse.Namespace) -> Tensor:
+    """The latents before the first step, as the scheduler has them."""
+    if args.model != "minimax_h3":
+        return told["latents"]
+    from diffusers.modular_pipelines.minimax_h3.before_denoise import patchify_video_latents
+
+    return patchify_video_latents(told["latents"], (1, 2, 2))

@@ -53,7 +53,9 @@ def test_hunyuan_has_its_mask_and_one_call_a_step(tmp_path: Path) -> None:
     assert all(site["mask"].startswith("key padding") for site in sites)
 
 
-@pytest.mark.parametrize("model", ["wan_i2v", "wan22", "wan5b", "hunyuan15", "cogvideox", "ltx2"])
+@pytest.mark.parametrize(
+    "model", ["wan_i2v", "wan22", "wan5b", "hunyuan15", "cogvideox", "ltx2", "minimax_h3"]
+)
 def test_other_pipelines_run_sparse_in_every_step(model: str, tmp_path: Path) -> None:
     found = results(tmp_path, f"{model} --steps 4 --dense-steps-timed 1 --warm-up 1 --layers 1 --density .3")
     assert [row["dense"] for row in found["steps"]] == [0] * 4
