@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from svg_ear_compile.kernels.plan import SparsePlan
+from svg_ear_compile.kernels.plan import SparsePlan, term_blocks
 
 # The joint softmax in float32 over the plan's own low-precision tensors: what is left is rounding.
 CHECK_ROW, CHECK_ALL = 0.03, 0.008
@@ -62,11 +62,18 @@ def error_to_plan(
 
 
 def _linear(q: Tensor, plan: SparsePlan, scale: float, head: int, blocks: Tensor, owner: Tensor) -> Tensor:
-    """q_r^T M_i = scale sum_j p_ij / n_j sum_{t in j} q_r.(k_t - kc_j) (v_t - vc_j), i: the row's block."""
+    """q_r^T M_g = scale sum_j p_gj / n_j sum_{t in j} q_r.(k_t - kc_j) (v_t - vc_j), g: the group of the row's block,
+    p_gj: the mean of its blocks that skip something."""
     centers, value_centers = (x[0, head].float() for x in (plan.key_centroids, plan.value_centroids))
-    logits = plan.query_centroids[0, head, blocks].float() @ centers.T * scale + plan.bias[0, head, blocks]
+    logits = plan.query_centroids[0, head].float() @ centers.T * scale + plan.bias[0, head]
+    of_group = term_blocks(len(logits))
+    skips = (plan.bias[0, head] > -math.inf).any(1)
     sizes = plan.key_offsets[0, head].diff().clamp(min=1)
-    shares = logits.softmax(1).nan_to_num(0) / sizes  # NaN: nothing was skipped
+    groups = [
+        group[some].softmax(1).sum(0) / some.sum().clamp(min=1)
+        for group, some in zip(logits.split(of_group), skips.split(of_group), strict=True)
+    ]
+    shares = torch.stack(groups)[blocks // of_group] / sizes
     there = owner < len(sizes)
     owner = owner[there]
     keys = plan.key[0, head, there].float() - centers[owner]

@@ -10,7 +10,8 @@ diffusers names them, and svg_ear is told nothing but the density or quality tha
 that users combine it with (end_to_end_stacks.py); plain Inductor runs with it, too.
 
 Each begins a generation to compile, which is stopped. Then plain Inductor runs the first steps of one, svg_ear a
-whole one. Times lie between CUDA events at the ends of steps. "difference": of the latents after a step that both
+whole one. Times lie between CUDA events at the first call of the transformer and at the ends of steps: an image to
+start from is encoded before. "difference": of the latents after a step that both
 ran, over how far plain Inductor has moved them by then; rounding as long as all steps were dense, and with
 --density 1. "published steps": the published number of them, the first tenth dense, calculated from the measured
 steps. Random weights say nothing about quality: they attend nearly alike to all tokens, and the default may find
@@ -109,7 +110,12 @@ def generate(
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
-    clock.mark()
+
+    def at_first_call(*_: Any) -> None:
+        clock.mark()
+        hook.remove()
+
+    hook = pipe.transformer.register_forward_pre_hook(at_first_call)
     with suppress(Stopped):
         pipe(**told)
     seconds, metrics = clock.seconds(), get_compilation_metrics()

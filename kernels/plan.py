@@ -20,6 +20,8 @@ from torch import Tensor
 
 QUERY_BLOCK = 128
 KEY_BLOCK = 64
+MOST_MATRICES = 256
+"""Of first-order terms, for each head (docs/TRIED.md has what other numbers give)."""
 # The paper's cluster counts are for 720p video of 75,600 tokens; others are scaled by their token count.
 PAPER_TOKENS, PAPER_QUERY_CLUSTERS, PAPER_KEY_CLUSTERS = 75_600, 300, 1000
 
@@ -59,11 +61,18 @@ class SparsePlan(NamedTuple):
 class Terms(NamedTuple):
     """First-order terms of some heads (kernels/attention/first_order.py).
 
-    places [H] int32: which of the matrices are a head's, -1: none. matrices [B,heads,Cq,D,D]: M_i.
+    places [H] int32: which of the matrices are a head's, -1: none. matrices [B,heads,groups,D,D]: M_g of
+    term_blocks(Cq) query blocks each, fewer in the last group.
     """
 
     places: Tensor
     matrices: Tensor
+
+
+def term_blocks(query_blocks: int) -> int:
+    """So many consecutive query blocks share a matrix of first-order terms: a power of two."""
+    at_least = -(-query_blocks // MOST_MATRICES)
+    return 1 << (at_least - 1).bit_length()
 
 
 def block_counts(length: int, num_text: int, order: str) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .plan import SparsePlan
+from .plan import SparsePlan, term_blocks
 
 
 def dense(
@@ -45,7 +45,7 @@ def joint_softmax(
 
     softmax([scale q.k_t (t kept) ; scale q.kc_j + bias_ij]) [v ; vc]
 
-    first_order [H]: heads to whose output M_i^T q is added, times the centroids' share of the softmax.
+    first_order [H]: heads to whose output M_g^T q is added, times the centroids' share of the softmax.
     """
     tokens = _token_logits(query, plan, scale, dtype)
     bias = _rows_of_queries(plan.bias, plan)  # [B,H,L,Ck]
@@ -55,18 +55,18 @@ def joint_softmax(
     out = probabilities @ torch.cat([plan.value, plan.value_centroids], dim=2).to(dtype)
     if any(first_order):
         share = probabilities[..., tokens.shape[-1] :].sum(-1, keepdim=True)
-        matrices = first_order_matrices(plan, scale, dtype)
-        for b, h, i in itertools.product(*map(range, matrices.shape[:3])):
+        matrices, group = first_order_matrices(plan, scale, dtype), term_blocks(plan.bias.shape[2])
+        for b, h, i in itertools.product(*map(range, plan.kept_count.shape)):
             if not first_order[h]:
                 continue
             first, last = plan.query_offsets[b, h, i : i + 2]
             rows = plan.query_order[b, h, first:last].long()
-            out[b, h, rows] += share[b, h, rows] * (query[b, h, rows].to(dtype) @ matrices[b, h, i])
+            out[b, h, rows] += share[b, h, rows] * (query[b, h, rows].to(dtype) @ matrices[b, h, i // group])
     return out
 
 
 def first_order_matrices(plan: SparsePlan, scale: float, dtype: torch.dtype = torch.float64) -> Tensor:
-    """M_i = scale sum_j p_ij C_j of every head (kernels/attention/first_order.py), [B,H,Cq,D,D]."""
+    """M_g = scale mean_i sum_j p_ij C_j of every head (kernels/attention/first_order.py), [B,H,groups,D,D]."""
     key, value, key_centroids, value_centroids, query_centroids = (
         x.to(dtype)
         for x in (plan.key, plan.value, plan.key_centroids, plan.value_centroids, plan.query_centroids)
@@ -79,7 +79,12 @@ def first_order_matrices(plan: SparsePlan, scale: float, dtype: torch.dtype = to
             values = value[b, h, first:last] - value_centroids[b, h, j]
             covariances[b, h, j] = keys.mT @ values / (last - first)
     shares = _softmax(scale * query_centroids @ key_centroids.mT + plan.bias.to(dtype))
-    return scale * torch.einsum("bhij,bhjde->bhide", shares, covariances)
+    matrices = []
+    for group in shares.split(term_blocks(shares.shape[2]), dim=2):
+        skips = (group.sum(-1) > 0).sum(-1).clamp(min=1)  # query blocks that leave something out
+        mean = group.sum(2) / skips[..., None]
+        matrices.append(scale * torch.einsum("bhj,bhjde->bhde", mean, covariances))
+    return torch.stack(matrices, dim=2)
 
 
 def exact_part(

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from ..plan import term_blocks
+
 
 def covariances(
     key: Tensor,
@@ -45,11 +47,17 @@ def covariances(
 def weights(
     queries: Tensor, bias: Tensor, key_centroids: Tensor, heads: Tensor, scale: float, columns: int
 ) -> Tensor:
-    """scale softmax_j(scale q_i.kc_j + bias_ij): [B,heads,m,columns], float32 here, of the keys' dtype on a GPU.
+    """scale mean_{i in g} softmax_j(scale q_i.kc_j + bias_ij), for groups g of term_blocks(m) rows.
 
-    queries [B,H,m,D], bias [B,H,m,Ck] float32, key_centroids [B,H,Ck,D], heads [n]: which of the H. 0 after the
-    last block, and in rows where nothing is skipped or anything is not finite.
+    [B,heads,groups,columns], float32 here, of the keys' dtype on a GPU.
+
+    queries [B,H,m,D], bias [B,H,m,Ck] float32, key_centroids [B,H,Ck,D], heads [n]: which of the H. The mean leaves out
+    rows where nothing is skipped or anything is not finite; 0 if it leaves out all, and after the last block.
     """
     q, k = (x[:, heads].float() for x in (queries, key_centroids))
     shares = torch.softmax(scale * q @ k.mT + bias[:, heads], dim=-1).nan_to_num_(0)
-    return F.pad(scale * shares, (0, columns - bias.shape[-1]))
+    group = term_blocks(shares.shape[2])
+    shares = F.pad(shares, (0, columns - bias.shape[-1], 0, -shares.shape[2] % group))
+    groups = shares.unflatten(2, (-1, group))
+    skips = groups.any(-1).sum(-1, keepdim=True).clamp(min=1)
+    return scale * groups.sum(3) / skips

@@ -7,7 +7,7 @@ differences are rounded to the input's dtype, products summed in float32 in a fi
 D rows for every 64 keys that it reads. Equals covariance_torch.covariances.
 
 The weights of the blocks are a softmax over few columns: a program takes ROWS rows of a head, and computes their
-logits twice, the first time for their sums. Equals covariance_torch.weights.
+logits twice, the first time for their sums, and adds up those of a group. Equals covariance_torch.weights.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from ..plan import term_blocks
 
 
 @triton.jit
@@ -63,7 +65,7 @@ def covariance_kernel(
 def weights_kernel(
     query_centroids, key_centroids, bias, heads, out, scale, H, Cq, Ck, n, columns,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     place, batch = tl.program_id(1), tl.program_id(2)
     row = batch * H + tl.load(heads + place).to(tl.int64)
@@ -85,14 +87,22 @@ def weights_kernel(
         base = tl.where(top == float("-inf"), 0.0, top)
         before = tl.where(total == 0, 0.0, total * tl.exp(before - base))  # 0 x infinity
         total = before + tl.sum(tl.exp(s - base[:, None]), 1)
-    share = tl.where(total > 0, scale / total, 0.0)
-    start = out + ((batch.to(tl.int64) * n + place) * Cq + i[:, None]) * columns
+    counts = total > 0  # False where nothing is skipped, and where it is no number
+    GROUPS: tl.constexpr = ROWS // GROUP
+    skips = tl.sum(tl.reshape(counts.to(tl.float32), [GROUPS, GROUP]), 1)
+    share = scale / tl.maximum(skips, 1.0)[:, None]
+    inverse = tl.where(counts, 1 / total, 0.0)
+    groups = tl.cdiv(Cq, GROUP)
+    g = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
+    start = out + ((batch.to(tl.int64) * n + place) * groups + g[:, None]) * columns
     for at in range(0, columns, COLUMNS):
         s = _logits(q, key_centroids, bias, row, i, at, d, scale, Cq, Ck, HEAD_DIM, COLUMNS, PRECISION)
-        w = tl.exp(s - base[:, None]) * share[:, None]
+        w = tl.exp(s - base[:, None]) * inverse[:, None]
         w = tl.where(w == w, w, 0.0)
+        w = tl.sum(tl.reshape(w, [GROUPS, GROUP, COLUMNS]), 1) * share
         j = at + tl.arange(0, COLUMNS)
-        tl.store(start + j[None, :], w.to(out.dtype.element_ty), mask=is_row & (j < columns)[None, :])
+        inside = (g < groups)[:, None] & (j < columns)[None, :]
+        tl.store(start + j[None, :], w.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -137,10 +147,11 @@ def covariances(
 def weights(
     queries: Tensor, bias: Tensor, key_centroids: Tensor, heads: Tensor, scale: float, columns: int
 ) -> Tensor:
-    """[B,heads,m,columns] of the keys' dtype."""
+    """[B,heads,groups,columns] of the keys' dtype."""
     B, H, m, D = queries.shape
-    out = key_centroids.new_empty((B, len(heads), m, columns))
-    options = weights_meta(D, key_centroids.dtype)
+    group = term_blocks(m)
+    out = key_centroids.new_empty((B, len(heads), triton.cdiv(m, group), columns))
+    options = weights_meta(D, key_centroids.dtype, group)
     weights_kernel[(triton.cdiv(m, options["ROWS"]), len(heads), B)](
         queries.contiguous(), key_centroids.contiguous(), bias.contiguous(), heads, out, scale, H, m,
         bias.shape[-1], len(heads), columns, **options,
@@ -148,11 +159,11 @@ def weights(
     return out
 
 
-def weights_meta(head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
+def weights_meta(head_dim: int, dtype: torch.dtype, group: int = 1) -> dict[str, Any]:
     """The kernel's compile-time constants and launch options. float32 logits are exact."""
     block_d = max(16, triton.next_power_of_2(head_dim))
     return {
-        "HEAD_DIM": head_dim, "BLOCK_D": block_d, "ROWS": 32, "COLUMNS": 64,
+        "HEAD_DIM": head_dim, "BLOCK_D": block_d, "ROWS": max(32, group), "COLUMNS": 64, "GROUP": group,
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32", "num_warps": 4, "num_stages": 2,
         "enable_fp_fusion": True,
     }  # fmt: skip

@@ -6,11 +6,13 @@ first order the mean value that it finds in block j is not vc_j but
     vc_j + scale C_j^T q,   C_j = 1/n_j sum_{t in j} (k_t - kc_j) (v_t - vc_j)^T   [D,D]
 
 (the derivative of the softmax mean of v_t by q, at q = 0). Applied block by block, that would be D times the work of
-the centroids. One matrix for a query block i captures most of it (docs/TRIED.md): C_j weighted as its query centroid
-qc_i weighs the skipped blocks,
+the centroids. One matrix for a group g of consecutive query blocks captures most of it (docs/TRIED.md): C_j weighted as
+their query centroids qc_i weigh the skipped blocks,
 
-    M_i = scale sum_j p_ij C_j,   p_i = softmax_j(scale qc_i.kc_j + bias_ij),
-    num(q) += (sum_j exp(s(q,kc_j) + bias_ij)) M_i^T q                       (num: kernels/plan.py)
+    M_g = scale mean_{i in g} sum_j p_ij C_j,   p_i = softmax_j(scale qc_i.kc_j + bias_ij),
+    num(q) += (sum_j exp(s(q,kc_j) + bias_ij)) M_g^T q                       (num: kernels/plan.py)
+
+The mean is over the blocks that skip something; a group is term_blocks(Cq) query blocks.
 
 It is computed for the heads where a trial measured smaller errors; in a few heads it makes them larger.
 """
@@ -25,12 +27,10 @@ from torch import Tensor
 from .. import context
 from ..dispatch import kernels_for
 from ..heads import on_device
-from ..plan import SparsePlan, Terms
+from ..plan import SparsePlan, Terms, term_blocks
 
-# Bytes of the C_j, or of a few queries' M_i, of the heads that are computed at a time.
-_CHUNK_BYTES = 2**27
-# Bytes of the M_i that a launch of attention reads: if all heads need more, they are taken in parts.
-_PART_BYTES = 2**28
+# Bytes of the C_j, or of a few queries' M_g, of the heads that are computed at a time.
+_CHUNK_BYTES = 2**28
 # cuBLAS is three times slower where rows of weights are not aligned to 16 bytes.
 _ALIGNED = 8
 
@@ -38,66 +38,52 @@ _ALIGNED = 8
 def attend(
     query: Tensor, plan: SparsePlan, scale: float, out: Tensor, variable: bool, chosen: Sequence[bool]
 ) -> Tensor:
-    """Writes the joint softmax into out, with terms in the chosen heads [H] (none: ()); returns out.
-
-    The M_i of all heads of a long video take as much memory as its values. So they are made for some heads at a time.
-    """
+    """Writes the joint softmax into out, with terms in the chosen heads [H] (none: ()); returns out."""
     kernel, device, named = kernels_for(query).attention.attend, query.device, tuple(chosen)
     if not any(named):
         return kernel(query, plan, scale, out, variable)
-    B, H, blocks, D = plan.query_centroids.shape
-    most = max(1, _PART_BYTES // (blocks * D * D * query.element_size()))
-    whole = most >= B * H
-    step = H if whole else -(-H // -(-H // most))
-    parts = [slice(first, first + step) for first in range(0, H, step)]
-    numbered = context.current().memo.remember(
-        device, ("heads", named, step), lambda: [on_device(named[part], device) for part in parts]
-    )
-    for b in [slice(None)] if whole else [slice(b, b + 1) for b in range(B)]:
-        for part, heads in zip(parts, numbered, strict=True):
-            some = SparsePlan(*(x[b, part] for x in plan))
-            terms = Terms(heads.places, matrices(some, scale, heads.numbers)) if any(named[part]) else None
-            kernel(query[b, part], some, scale, out[b, part], variable, terms=terms)
-            del terms  # before the next ones are made
-    return out
+    heads = context.current().memo.remember(device, ("heads", named), lambda: on_device(named, device))
+    terms = Terms(heads.places, matrices(plan, scale, heads.numbers))
+    return kernel(query, plan, scale, out, variable, terms=terms)
 
 
 def matrices(plan: SparsePlan, scale: float, heads: Tensor) -> Tensor:
-    """M_i of heads [n]: [B,n,Cq,D,D], float32 on a CPU, else of the key's dtype."""
-    queries, weights_of = plan.query_centroids, kernels_for(plan.key).covariance.weights
-    weights = weights_of(queries, plan.bias, plan.key_centroids, heads, scale, _columns(plan))
-    out: Tensor | None = None
+    """M_g of heads [n]: [B,n,groups,D,D], float32 on a CPU, else of the key's dtype."""
+    weights, D = _weights(plan, heads, scale), plan.key.shape[-1]
+    out = weights.new_empty((*weights.shape[:3], D, D))
     done = 0
     for some, covariances in _covariances(plan, heads):
-        if out is None:
-            out = covariances.new_empty((len(queries), len(heads), queries.shape[2], *covariances.shape[3:]))
-        for b in range(len(out)):  # each written where it belongs: together they are large
+        for b in range(len(out)):  # each written where it belongs
             part = slice(done, done + len(some))
             torch.bmm(weights[b, part], covariances[b].flatten(-2), out=out[b, part].flatten(-2))
         done += len(some)
-    assert out is not None
+        del covariances  # before the next ones are made
     return out
 
 
 def linear(query: Tensor, blocks: Tensor, plans: Sequence[SparsePlan], scale: float) -> list[Tensor]:
-    """M_i^T q of few queries [B,H,n,D] in the query blocks i [B,H,n] int64, of every head: float32.
+    """M_g^T q of few queries [B,H,n,D] in the query blocks i [B,H,n] int64, of every head: float32.
 
     One for each of the plans, which differ only in what their routing chose: the C_j are made once.
     """
     B, H, n, D = query.shape
-    # Each query as a block of its own: most blocks have none.
-    index = blocks[..., None]
-    centroids = torch.take_along_dim(plans[0].query_centroids, index, dim=2)
-    biases = [torch.take_along_dim(plan.bias, index, dim=2) for plan in plans]
+    group = term_blocks(plans[0].bias.shape[2])
+    groups, heads = blocks[..., None] // group, torch.arange(H, device=query.device)
     found: list[list[Tensor]] = [[] for _ in plans]
-    covariance, keys = kernels_for(query).covariance, plans[0].key_centroids
-    for some, covariances in _covariances(plans[0], torch.arange(H, device=query.device), 4 * B * n * D * D):
+    for some, covariances in _covariances(plans[0], heads, 4 * B * n * D * D):
         rows = query[:, some, :, None].float()
-        for bias, of_plan in zip(biases, found, strict=True):
-            weights = covariance.weights(centroids, bias, keys, some, scale, covariances.shape[2])
-            m = (weights @ covariances.flatten(-2)).unflatten(-1, (D, D))
+        for plan, of_plan in zip(plans, found, strict=True):
+            m = _weights(plan, some, scale) @ covariances.flatten(-2)
+            m = torch.take_along_dim(m, groups[:, some], dim=2).unflatten(-1, (D, D))
             of_plan.append((rows @ m.float())[..., 0, :])
+        del covariances, m
     return [torch.cat(x, dim=1) for x in found]
+
+
+def _weights(plan: SparsePlan, heads: Tensor, scale: float) -> Tensor:
+    """[B,n,groups,columns]: what of each C_j is in each M_g."""
+    weights = kernels_for(plan.key).covariance.weights
+    return weights(plan.query_centroids, plan.bias, plan.key_centroids, heads, scale, _columns(plan))
 
 
 def _columns(plan: SparsePlan) -> int:

@@ -10,7 +10,8 @@ FlashAttention-3 (arXiv 2407.08608), but its two groups of warps do not take str
 - The softmax of a tile starts while the previous tile's product with its values is still running; the matrix products
   of the other group hide it.
 - Centroids come first: there are always some, so the kept blocks need no special first step.
-- First-order terms (kernels/attention/first_order.py) are one more tile in the ring of values: a query block's matrix.
+- First-order terms (kernels/attention/first_order.py) are one more tile in the ring of values: the matrix of a
+  query block's group.
 - A bias costs no addition: divided by the scale, it is the initial accumulator of the logits' matrix product. Tiles of
   kept keys have neither: where not all of 128 keys count, the others' logits are overwritten.
 
@@ -25,7 +26,7 @@ from typing import Any
 from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..plan import KEY_BLOCK, SparsePlan, Terms
+from ..plan import KEY_BLOCK, SparsePlan, Terms, term_blocks
 from .hopper_kernel import BOX, attention_kernel
 from .schedule_triton import heaviest_first
 
@@ -44,7 +45,7 @@ def attend(query: Tensor, plan: SparsePlan, scale: float, out: Tensor, terms: Te
     attention_kernel[(Cq, H, B)](
         query, *sources, plan.query_order, plan.query_offsets, plan.key_offsets, plan.bias,
         plan.kept_count, plan.kept_blocks, heaviest_first(plan.kept_count), places, matrices, out,
-        scale, H, L, Cq, Ck, n, *query.stride()[:3], *out.stride()[:3],
+        scale, H, L, Cq, Ck, n, term_blocks(Cq), *query.stride()[:3], *out.stride()[:3],
         **meta(D, terms is not None),
     )  # fmt: skip
     return out

@@ -245,7 +245,7 @@ def attention_kernel(
     query, key, value, key_centroids, value_centroids,
     query_order, query_offsets, key_offsets, bias, kept_count, kept_blocks, order,
     places, matrices, out,
-    scale, H, L, Cq, Ck, n,
+    scale, H, L, Cq, Ck, n, group,
     query_stride_b, query_stride_h, query_stride_l, out_stride_b, out_stride_h, out_stride_l,
     HEAD_DIM: gl.constexpr, STAGES: gl.constexpr, TERMS: gl.constexpr,
 ):  # fmt: skip
@@ -285,7 +285,8 @@ def attention_kernel(
     place = -1
     if TERMS:
         place = gl.load(places + head)
-    terms = (matrices, place, (batch * n + place) * Cq + block)
+    groups = (Cq + group - 1) // group
+    terms = (matrices, place, (batch * n + place) * groups + block // group)
     gl.warp_specialize(
         [
             (_compute, (tokens, lists, scale, queries, key_ring, value_ring, place, TERMS, gl.constexpr(0))),

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..plan import SparsePlan, Terms
+from ..plan import SparsePlan, Terms, term_blocks
 
 
 class _Batch(NamedTuple):
@@ -152,6 +152,7 @@ def attend(
     A query that meets nothing, token or centroid, has out 0, as in scaled_dot_product_attention.
     """
     places = [] if terms is None else terms.places.tolist()
+    group = term_blocks(plan.bias.shape[2])
     out.zero_()
     for x in _batches(query, plan, scale):
         weights, result = x.softmax()
@@ -159,7 +160,7 @@ def attend(
         if terms is not None and (place := places[h]) >= 0:
             last = slice(-plan.bias.shape[-1], None)
             share = (weights[..., last] * x.skipped[:, None, last]).sum(-1, keepdim=True)
-            result += share * (x.query @ terms.matrices[b, place, x.blocks])
+            result += share * (x.query @ terms.matrices[b, place, [i // group for i in x.blocks]])
         _write(out, x, result)
     return out
 

@@ -31,7 +31,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..plan import KEY_BLOCK, QUERY_BLOCK, SparsePlan, Terms
+from ..plan import KEY_BLOCK, QUERY_BLOCK, SparsePlan, Terms, term_blocks
 from ..triton_configs import Config, config_for
 from ..triton_tiles import capability, descriptor, version
 from .choice import MAX_HEAD_DIM, why_not_hopper
@@ -109,8 +109,8 @@ def _launch(
     attention_kernel[(tiles, H, B)](
         query, *keys, plan.query_order, plan.query_offsets, plan.key_offsets, plan.bias, plan.kept_count,
         plan.kept_blocks, tile_block, tile_first, state, plan.bias if lse is None else lse, places,
-        matrices, out, scale, H, L, Cq, Ck, tiles, matrices.shape[1], *query.stride()[:3], *out.stride()[:3],
-        *state.stride()[:3], **options,
+        matrices, out, scale, H, L, Cq, Ck, tiles, matrices.shape[1], term_blocks(Cq),
+        *query.stride()[:3], *out.stride()[:3], *state.stride()[:3], **options,
     )  # fmt: skip
 
 

@@ -74,7 +74,7 @@ def attention_kernel(
     query, key, value, key_centroids, value_centroids,
     query_order, query_offsets, key_offsets, bias, kept_count, kept_blocks,
     tile_block, tile_first, exact, lse, places, matrices, out,
-    scale, H, L, Cq, Ck, tiles, n,
+    scale, H, L, Cq, Ck, tiles, n, group,
     query_stride_b, query_stride_h, query_stride_l, out_stride_b, out_stride_h, out_stride_l,
     exact_stride_b, exact_stride_h, exact_stride_l,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -210,7 +210,8 @@ def attention_kernel(
             base = tl.where(top == float("-inf"), 0.0, top)
             kept_share = tl.exp2(kept_lse - base) / tl.where(total == 0.0, 1.0, total)
             share = tl.where(total == 0.0, 0.0, tl.maximum(1.0 - kept_share, 0.0))
-            matrix = matrices + ((batch.to(tl.int64) * n + place) * Cq + block) * HEAD_DIM * HEAD_DIM
+            number = (batch.to(tl.int64) * n + place) * tl.cdiv(Cq, group) + block // group
+            matrix = matrices + number * HEAD_DIM * HEAD_DIM
             rows = (
                 query + batch.to(tl.int64) * query_stride_b + head.to(tl.int64) * query_stride_h
                 + token * query_stride_l

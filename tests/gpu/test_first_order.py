@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from svg_ear_compile.kernels import plan as plans
 from svg_ear_compile.kernels import reference
 from svg_ear_compile.kernels.attention import covariance_torch as covariance
 from svg_ear_compile.kernels.attention import first_order
@@ -39,6 +40,7 @@ def test_equals_the_formula(monkeypatch, dtype, head_dim, equal, hopper, masked)
     kernels = pytest.importorskip("svg_ear_compile.kernels.attention.triton")
     if not hopper:
         monkeypatch.setattr(kernels, "why_not_hopper", lambda *found: "a test")
+    monkeypatch.setattr(plans, "MOST_MATRICES", 3 if masked else 256)
     query, key, value = inputs(1111, head_dim, dtype)
     valid = torch.ones(2, 1111, dtype=torch.bool)
     valid[1, 700:] = False
@@ -86,17 +88,21 @@ def test_covariances_equal_the_formula(head_dim, dtype, equal):
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float32], ids=str)
 @pytest.mark.parametrize("head_dim", [40, 128])
-def test_weights_of_blocks_equal_the_formula(head_dim, dtype):
+@pytest.mark.parametrize("most", [20, 256])
+def test_weights_of_blocks_equal_the_formula(monkeypatch, most, head_dim, dtype):
+    monkeypatch.setattr(plans, "MOST_MATRICES", most)
     triton_covariance = pytest.importorskip("svg_ear_compile.kernels.attention.covariance_triton")
     query, key, value = inputs(9001, head_dim, dtype)
     plan = random_plan(query, key, value)
     plan.bias[0, 0, 2] -= 300
-    plan.bias[0, 0, 3] = -torch.inf
+    plan.bias[0, 0, 3] = plan.bias[0, 0, 4:8] = -torch.inf
     plan.key_centroids[0, 1, 5] = torch.nan
     heads, columns = torch.tensor([2, 0, 1], device="cuda"), plan.bias.shape[-1] + 3
     arguments = 20 * plan.query_centroids, plan.bias, plan.key_centroids, heads, head_dim**-0.5, columns
     found, expected = triton_covariance.weights(*arguments), covariance.weights(*arguments)
-    assert not found[0, 1, 3].any()
+    assert found[0, 1, 0].any()
+    group = plans.term_blocks(plan.bias.shape[2])
+    assert not found[0, 1, -(-4 // group) : 8 // group].any()
     assert not found[0, 2].any()
     assert not found[..., -3:].any()
     error = (found.float() - expected).abs().max() / expected.abs().max()

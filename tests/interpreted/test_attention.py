@@ -12,6 +12,7 @@ import torch
 from plans import random_plan
 from torch import Tensor
 
+from svg_ear_compile.kernels import plan as plans
 from svg_ear_compile.kernels import reference
 from svg_ear_compile.kernels.attention import covariance_torch as covariance
 from svg_ear_compile.kernels.attention import covariance_triton as triton_covariance
@@ -103,7 +104,8 @@ def test_clusters(config):
     [(ONE_BY_ONE, 96), (PAIRS, 64), (WALK, 64), pytest.param(WALK, 96, marks=pytest.mark.slow)],
     ids=str,
 )
-def test_first_order_terms(config, head_dim):
+def test_first_order_terms(config, head_dim, monkeypatch):
+    monkeypatch.setattr(plans, "MOST_MATRICES", 256 if config is PAIRS else 1)
     query, key, value = inputs(150, head_dim, batch=2, heads=3)
     plan = random_plan(query, key, value, equal=config is not WALK, num_text=20)
     chosen = (True, False, True)
@@ -129,14 +131,16 @@ def test_covariances(equal, head_dim):
     torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("head_dim", [40, 64])
-def test_weights_of_blocks(head_dim):
+@pytest.mark.parametrize(("head_dim", "most"), [(40, 256), (40, 9), (64, 9), (64, 1)])
+def test_weights_of_blocks(head_dim, most, monkeypatch):
     """Rows with much skipped, with nothing, with large logits, and next to something that is no number."""
+    monkeypatch.setattr(plans, "MOST_MATRICES", most)
     query, key, value = inputs(4300, head_dim, heads=3)
     plan = random_plan(query, key, value)
+    group = plans.term_blocks(plan.bias.shape[2])
     bias, keys = plan.bias.clone(), plan.key_centroids.clone()
     assert bias.shape[-1] > 64, "more than one tile"
-    bias[0, 0, 3] = -math.inf
+    bias[0, 0, 3] = bias[0, 0, 4:8] = -math.inf  # one row of a group, and all of one
     bias[0, 2, 1, :70] = -math.inf
     bias[0, 0, 2] -= 300
     keys[0, 1, 5] = math.nan
@@ -144,7 +148,8 @@ def test_weights_of_blocks(head_dim):
     arguments = 30 * plan.query_centroids, bias, keys, heads, SCALE, columns
     found, expected = triton_covariance.weights(*arguments), covariance.weights(*arguments)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
-    assert not found[0, 1, 3].any()
+    assert found[0, 1, 0].any()
+    assert not found[0, 1, -(-4 // group) : 8 // group].any()
     assert not found[0, 2].any()
     assert not found[..., -5:].any()
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from svg_ear_compile.kernels import plan as plans
 from svg_ear_compile.kernels import reference
 from svg_ear_compile.kernels.attention import torch as attention
-from svg_ear_compile.kernels.plan import SparsePlan, Terms
+from svg_ear_compile.kernels.plan import SparsePlan, Terms, term_blocks
 
 from .plans import random_plan
 
@@ -152,16 +153,22 @@ def test_large_logits() -> None:
 
 
 @pytest.mark.parametrize("most", [1, 3])
-def test_first_order_terms(most: int) -> None:
-    query, key, value = inputs(1000)
+def test_first_order_terms(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plans, "MOST_MATRICES", 4)
+    query, key, value = inputs(1100)
     plan = random_plan(query, key, value)
-    terms = Terms(torch.tensor([-1, 0]), torch.randn(B, 1, plan.bias.shape[2], D, D))
+    blocks = plan.bias.shape[2]
+    group = term_blocks(blocks)
+    assert group > 1
+    assert blocks % group, "the last group is smaller"
+    terms = Terms(torch.tensor([-1, 0]), torch.randn(B, 1, -(-blocks // group), D, D))
     torch.set_num_threads(most)
     got, without = attend(query, plan, terms), attend(query, plan)
     ones = torch.ones_like(plan.value_centroids)
     share = attend(query, plan._replace(value=torch.zeros_like(plan.value), value_centroids=ones))
     for b in range(B):
-        of_slot = terms.matrices[b, 0].repeat_interleave(plan.query_offsets[b, 1].diff(), dim=0)
+        of_block = terms.matrices[b, 0].repeat_interleave(group, dim=0)[:blocks]
+        of_slot = of_block.repeat_interleave(plan.query_offsets[b, 1].diff(), dim=0)
         tokens = plan.query_order[b, 1].long()
         without[b, 1, tokens] += share[b, 1, tokens] * (query[b, 1, tokens, None] @ of_slot)[:, 0]
     torch.testing.assert_close(got, without, rtol=1e-5, atol=1e-5)

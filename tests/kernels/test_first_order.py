@@ -8,9 +8,10 @@ from op_calls import decided
 from torch import Tensor
 
 from svg_ear_compile.kernels import context, ops, planning, reference
+from svg_ear_compile.kernels import plan as plans
 from svg_ear_compile.kernels.attention import covariance_torch, first_order
 from svg_ear_compile.kernels.constants import SiteConstants
-from svg_ear_compile.kernels.plan import SparsePlan
+from svg_ear_compile.kernels.plan import SparsePlan, term_blocks
 
 from .plans import random_plan
 
@@ -18,6 +19,11 @@ B, H, D = 2, 3, 16
 SCALE = D**-0.5
 CHOSEN = (True, False, True)
 GRID = (4, 8, 8)
+
+
+@pytest.fixture(params=[256, 3], ids=["a block each", "groups"], autouse=True)
+def most_matrices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plans, "MOST_MATRICES", request.param)
 
 
 def inputs(length: int, seed: int = 0) -> list[Tensor]:
@@ -119,20 +125,22 @@ def test_heads_in_groups_or_at_once(group: int, monkeypatch: pytest.MonkeyPatch)
     torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("heads_at_a_time", [1, 2])
-def test_attention_in_parts_gives_the_same_bits(
-    heads_at_a_time: int, monkeypatch: pytest.MonkeyPatch
+def test_query_blocks_that_skip_nothing_do_not_weaken_those_of_their_group(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    query, key, value = inputs(300)
-    plan = random_plan(query, key, value)
-    whole, made = attend(query, plan, CHOSEN), []
-    monkeypatch.setattr(
-        first_order, "_PART_BYTES", heads_at_a_time * plan.query_centroids.shape[2] * 4 * D * D
+    monkeypatch.setattr(plans, "MOST_MATRICES", 1)
+    query, key, value = inputs(3 * 128)
+    plan = random_plan(query, key, value, keep=0.5)
+    plan.bias[:, :, 1] = -torch.inf
+    both = first_order.matrices(plan, SCALE, torch.arange(H))
+    plan.bias[:, :, 2] = -torch.inf
+    assert plan.kept_count.shape[-1] == 3 < term_blocks(3)
+    one = first_order.matrices(plan, SCALE, torch.arange(H))
+    alone = reference.first_order_matrices(
+        plan._replace(bias=plan.bias[:, :, :1], query_centroids=plan.query_centroids[:, :, :1]), SCALE
     )
-    matrices = first_order.matrices
-    monkeypatch.setattr(first_order, "matrices", lambda *a: made.append(matrices(*a)) or made[-1])
-    assert torch.equal(attend(query, plan, CHOSEN), whole)
-    assert max(x.shape[0] * x.shape[1] for x in made) <= heads_at_a_time
+    torch.testing.assert_close(one.double(), alone, atol=1e-6, rtol=1e-5)
+    assert not torch.equal(one, both)
 
 
 def test_the_op_adds_them_for_the_call_s_heads() -> None:

@@ -128,9 +128,11 @@ def test_covariance(tmp_path, capability):
             )
             kernel = compiled(triton_covariance.covariance_kernel, capability, dtype, options, types)
             check(kernel, tmp_path, capability, dtype, stack=8)  # two registers, outside of the loop
-            options, types = triton_covariance.weights_meta(head_dim, dtype), types | {"bias": "*fp32"}
-            kernel = compiled(triton_covariance.weights_kernel, capability, dtype, options, types)
-            check(kernel, tmp_path, capability, dtype)
+            types |= {"bias": "*fp32"}
+            for group in (1, 4, 64):
+                options = triton_covariance.weights_meta(head_dim, dtype, group)
+                kernel = compiled(triton_covariance.weights_kernel, capability, dtype, options, types)
+                check(kernel, tmp_path, capability, dtype)
 
 
 @pytest.mark.slow
