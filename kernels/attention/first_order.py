@@ -29,7 +29,7 @@ from ..dispatch import kernels_for
 from ..heads import on_device
 from ..plan import SparsePlan, Terms, term_blocks
 
-# Bytes of the C_j, or of a few queries' M_g, of the heads that are computed at a time.
+# Bytes of the heads that are computed at a time: of their C_j and, for a few queries, their M_g.
 _CHUNK_BYTES = 2**28
 # cuBLAS is three times slower where rows of weights are not aligned to 16 bytes.
 _ALIGNED = 8
@@ -67,10 +67,12 @@ def linear(query: Tensor, blocks: Tensor, plans: Sequence[SparsePlan], scale: fl
     One for each of the plans, which differ only in what their routing chose: the C_j are made once.
     """
     B, H, n, D = query.shape
-    group = term_blocks(plans[0].bias.shape[2])
+    Cq, size = plans[0].bias.shape[2], plans[0].key.element_size()
+    group = term_blocks(Cq)
     groups, heads = blocks[..., None] // group, torch.arange(H, device=query.device)
+    m_bytes = B * D * D * (-(-Cq // group) * size + n * (size + 4))  # of the groups, and of the queries twice
     found: list[list[Tensor]] = [[] for _ in plans]
-    for some, covariances in _covariances(plans[0], heads, 4 * B * n * D * D):
+    for some, covariances in _covariances(plans[0], heads, m_bytes):
         rows = query[:, some, :, None].float()
         for plan, of_plan in zip(plans, found, strict=True):
             m = _weights(plan, some, scale) @ covariances.flatten(-2)
@@ -97,7 +99,7 @@ def _covariances(plan: SparsePlan, heads: Tensor, bytes_of_head: int = 0) -> Ite
     """
     B, _, _, D = plan.key.shape
     columns = _columns(plan)
-    group = max(1, _CHUNK_BYTES // max(B * columns * D * D * plan.key.element_size(), bytes_of_head))
+    group = max(1, _CHUNK_BYTES // (B * columns * D * D * plan.key.element_size() + bytes_of_head))
     tensors = (plan.key, plan.value, plan.key_offsets, plan.key_centroids, plan.value_centroids)
     for some in heads.split(group):
         yield some, kernels_for(plan.key).covariance.covariances(*tensors, some, columns)
