@@ -167,3 +167,12 @@ def test_heads_that_are_not_known_all_have_them() -> None:
             found.append(ops.attention(query, key, value, None, *constants))
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
+
+
+def test_a_batch_element_without_any_key_has_matrices_of_zero() -> None:
+    query, key, value = inputs(200)
+    valid = torch.ones(B, 200, dtype=torch.bool)
+    valid[1] = False
+    found = first_order.matrices(random_plan(query, key, value, valid=valid), SCALE, torch.arange(H))
+    assert found[0].any()
+    assert not found[1].any()
