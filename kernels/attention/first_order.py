@@ -76,7 +76,8 @@ def linear(query: Tensor, blocks: Tensor, plans: Sequence[SparsePlan], scale: fl
         rows = query[:, some, :, None].float()
         for plan, of_plan in zip(plans, found, strict=True):
             m = _weights(plan, some, scale) @ covariances.flatten(-2)
-            m = torch.take_along_dim(m, groups[:, some], dim=2).unflatten(-1, (D, D))
+            # take_along_dim would make a number of 8 bytes for each entry
+            m = m.gather(2, groups[:, some].expand(-1, -1, -1, D * D)).unflatten(-1, (D, D))
             of_plan.append((rows @ m.float())[..., 0, :])
         del covariances, m
     return [torch.cat(x, dim=1) for x in found]

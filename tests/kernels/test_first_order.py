@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import pytest
 import torch
 from op_calls import decided
 from torch import Tensor
+from torch.profiler import profile
 
 from svg_ear_compile.kernels import context, ops, planning, reference
 from svg_ear_compile.kernels import plan as plans
@@ -176,3 +179,18 @@ def test_a_batch_element_without_any_key_has_matrices_of_zero() -> None:
     found = first_order.matrices(random_plan(query, key, value, valid=valid), SCALE, torch.arange(H))
     assert found[0].any()
     assert not found[1].any()
+
+
+def test_a_trial_s_matrices_stay_within_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a number of 8 bytes for each entry that is gathered."""
+    query, key, value = inputs(2048)
+    plan = random_plan(query, key, value)
+    blocks = torch.randint(plan.kept_count.shape[-1], (B, H, 1024))
+    monkeypatch.setattr(first_order, "_CHUNK_BYTES", 1)  # a head at a time
+    with profile(profile_memory=True) as profiler:
+        first_order.linear(query[:, :, :1024], blocks, [plan], SCALE)
+    sizes = [x.nbytes() for x in profiler.profiler.kineto_results.events() if x.name() == "[memory]"]
+    at_most = (
+        4 * B * D * D * (plan.bias.shape[-1] + plan.bias.shape[2] + 1024)
+    )  # the C_j, M_g and M_g of rows
+    assert max(accumulate(sizes)) < 1.25 * at_most
