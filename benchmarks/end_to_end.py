@@ -11,11 +11,11 @@ that users combine it with (end_to_end_stacks.py); plain Inductor runs with it, 
 
 Each begins a generation to compile, which is stopped. Then plain Inductor runs the first steps of one, svg_ear a
 whole one. Times lie between CUDA events at the first call of the transformer and at the ends of steps: an image to
-start from is encoded before. "difference": of the latents after a step that both
-ran, over how far plain Inductor has moved them by then; rounding as long as all steps were dense, and with
---density 1. "published steps": the published number of them, the first tenth dense, calculated from the measured
-steps. Random weights say nothing about quality: they attend nearly alike to all tokens, and the default may find
-that sparsity would not pay. Compile times are cold: nothing comes from a cache, --warm measures them with caches.
+start from is encoded before. "difference": of the latents after a step that both ran, over how far plain Inductor has
+moved them by then; rounding as long as all steps were dense, and with --density 1. "published steps": the published
+number of them, the first tenth dense, calculated from the measured steps. Random weights say nothing about quality:
+they attend nearly alike to all tokens, and the default may find that sparsity would not pay. Compile times are cold:
+nothing comes from a cache, --warm measures them with caches.
 
 Checked, with exit status 1: latents are finite, svg_ear compiles no more often than plain Inductor, and no
 step takes LONGEST times what is usual for its kind (dense: with plain Inductor; sparse: in the median).

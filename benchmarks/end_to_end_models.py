@@ -38,8 +38,8 @@ class Watched:
     at_end: Callable[[int, Tensor], None] | None = None
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
-        number = self.step_index or 0  # type: ignore[attr-defined]
-        stepped = super().step(*args, **kwargs)  # type: ignore[misc]
+        number = self.step_index or 0
+        stepped = super().step(*args, **kwargs)
         if self.at_end is not None:
             self.at_end(number, stepped[0])
         return stepped
@@ -297,11 +297,9 @@ def build(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 
     pipe, own = MODELS[args.model].make(args, noise)
     told = {"width": args.width, "height": args.height, "num_frames": args.frames}
-    told |= {
-        "num_inference_steps": args.steps,
-        **({} if "output" in own else {"output_type": "latent"}),
-        **own,
-    }
+    told |= {"num_inference_steps": args.steps, **own}
+    if "output" not in told:  # what a modular pipeline has instead
+        told["output_type"] = "latent"
     pipe.set_progress_bar_config(mininterval=5)
     return pipe, told
 
