@@ -24,10 +24,10 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..plan import KEY_BLOCK, SparsePlan, Terms, term_blocks
-from .hopper_kernel import BOX, attention_kernel
+from ..hopper_tiles import boxes
+from ..plan import SparsePlan, Terms, term_blocks
+from .hopper_kernel import attention_kernel
 from .schedule_triton import heaviest_first
 
 
@@ -37,11 +37,11 @@ def attend(query: Tensor, plan: SparsePlan, scale: float, out: Tensor, terms: Te
     Cq, Ck = plan.bias.shape[-2:]
     if query.stride(-1) != 1:
         query = query.contiguous()
-    sources = [_descriptor(x) for x in (plan.key, plan.value, plan.key_centroids, plan.value_centroids)]
+    sources = [boxes(x) for x in (plan.key, plan.value, plan.key_centroids, plan.value_centroids)]
     if terms is None:  # whatever: it is not used
         places, matrices, n = plan.kept_count, sources[0], 0
     else:
-        places, matrices, n = terms.places, _descriptor(terms.matrices.flatten(1, 2)), terms.matrices.shape[1]
+        places, matrices, n = terms.places, boxes(terms.matrices.flatten(1, 2)), terms.matrices.shape[1]
     attention_kernel[(Cq, H, B)](
         query, *sources, plan.query_order, plan.query_offsets, plan.key_offsets, plan.bias,
         plan.kept_count, plan.kept_blocks, heaviest_first(plan.kept_count), places, matrices, out,
@@ -58,9 +58,3 @@ def meta(head_dim: int, terms: bool = False) -> dict[str, Any]:
         "HEAD_DIM": head_dim, "STAGES": 2, "TERMS": terms, "num_warps": 4, "maxnreg": 168,
         "enable_fp_fusion": True,
     }  # fmt: skip
-
-
-def _descriptor(x: Tensor) -> TensorDescriptor:
-    """What _load_tile needs: x [B,H,C,D] contiguous."""
-    B, H, C, D = x.shape
-    return TensorDescriptor(x, [B * H, C, D], [C * D, D, 1], [1, KEY_BLOCK, 64], BOX)

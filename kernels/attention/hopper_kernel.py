@@ -7,27 +7,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from ..plan import KEY_BLOCK, QUERY_BLOCK
+from ..hopper_tiles import BLOCK, LOG2_E, LOGITS, ROWS, STEP, TILE, load_tile, new_ring
 
-# What Gluon has renamed between Triton 3.6 and 3.9.
-_load_box = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-_RENAMED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
-
-_LOG2_E = gl.constexpr(1.4426950408889634)
-_BLOCK = gl.constexpr(KEY_BLOCK)
-_STEP = gl.constexpr(2 * KEY_BLOCK)  # keys per step
-_ROWS = gl.constexpr(QUERY_BLOCK // 2)  # queries per group of warps
-_COLUMNS = gl.constexpr(64)  # 128 bytes, as many as a box of the tensor memory accelerator can have
-BOX = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
-_BOX = gl.constexpr(BOX)
-_LINE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))  # [_STEP], one number per thread
-_TILE = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
-_LOGITS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * KEY_BLOCK, 16]))
+_LINE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))  # [STEP], one number per thread
 
 
 @gluon.jit
@@ -48,27 +34,6 @@ def _sizes(offsets, block0, block1):
 
 
 @gluon.jit
-def _load_tile(source, head, first0, first1, ring, step):
-    """Loads two windows of 64 rows into this step's stage of the ring, once both groups are done with it. Rows
-    outside the head are zero."""
-    tiles, ready, free = ring
-    STAGES: gl.constexpr = tiles.shape[0]
-    PARTS: gl.constexpr = tiles.shape[2] // _COLUMNS
-    shape: gl.constexpr = [STAGES * PARTS * 2, 1, _BLOCK, _COLUMNS]  # the tiles' boxes as they lie in memory
-    if _RENAMED:  # noqa: SIM108 - a constant: the other branch must not be compiled
-        boxes = tiles.reinterpret(tiles.dtype, shape, _BOX)
-    else:
-        boxes = tiles._reinterpret(tiles.dtype, shape, _BOX)
-    stage = step % STAGES
-    mbarrier.wait(free.index(stage), (step // STAGES & 1) ^ 1)
-    mbarrier.expect(ready.index(stage), _STEP * PARTS * _COLUMNS * 2)
-    for part in gl.static_range(PARTS):
-        box = (stage * PARTS + part) * 2
-        _load_box(source, [head, first0, part * _COLUMNS], ready.index(stage), boxes.index(box))
-        _load_box(source, [head, first1, part * _COLUMNS], ready.index(stage), boxes.index(box + 1))
-
-
-@gluon.jit
 def _load(sources, head, kept, key_offsets, count, Ck, key_ring, value_ring, terms, TERMS: gl.constexpr):
     """The loading warp. Indices are read two steps and offsets one step before they are used."""
     key, value, key_centroids, value_centroids = sources
@@ -76,44 +41,44 @@ def _load(sources, head, kept, key_offsets, count, Ck, key_ring, value_ring, ter
     stop0 = gl.load(key_offsets + block0 + 1)
     stop1 = gl.load(key_offsets + block1 + 1)
     block0, block1 = _pair(kept, 2, count)
-    centroid_steps = (Ck + _STEP - 1) // _STEP
+    centroid_steps = (Ck + STEP - 1) // STEP
     for step in range(centroid_steps):
-        at = step * _STEP
-        _load_tile(key_centroids, head, at, at + _BLOCK, key_ring, step)
-        _load_tile(value_centroids, head, at, at + _BLOCK, value_ring, step)
+        at = step * STEP
+        load_tile(key_centroids, head, at, at + BLOCK, key_ring, step)
+        load_tile(value_centroids, head, at, at + BLOCK, value_ring, step)
     for at in range(0, count, 2):
         step = centroid_steps + at // 2
-        _load_tile(key, head, stop0 - _BLOCK, stop1 - _BLOCK, key_ring, step)
-        _load_tile(value, head, stop0 - _BLOCK, stop1 - _BLOCK, value_ring, step)
+        load_tile(key, head, stop0 - BLOCK, stop1 - BLOCK, key_ring, step)
+        load_tile(value, head, stop0 - BLOCK, stop1 - BLOCK, value_ring, step)
         stop0 = gl.load(key_offsets + block0 + 1)
         stop1 = gl.load(key_offsets + block1 + 1)
         block0, block1 = _pair(kept, at + 4, count)
     if TERMS:
         matrices, place, matrix = terms
         if place >= 0:  # with head_dim 64 the second window is outside, and so zero
-            _load_tile(matrices, matrix, 0, _BLOCK, value_ring, centroid_steps + (count + 1) // 2)
+            load_tile(matrices, matrix, 0, BLOCK, value_ring, centroid_steps + (count + 1) // 2)
 
 
 @gluon.jit
 def _centroid_bias(bias, at, Ck, unscale):
-    """[_STEP] in _LINE: what to add to the products of queries and centroids; after the last one -inf."""
-    c = at + gl.arange(0, _STEP, _LINE)
+    """[STEP] in _LINE: what to add to the products of queries and centroids; after the last one -inf."""
+    c = at + gl.arange(0, STEP, _LINE)
     return gl.load(bias + c, mask=c < Ck, other=float("-inf")) * unscale
 
 
 @gluon.jit
 def _of_every_row(bias):
-    """[_STEP] in _LINE to [_ROWS, _STEP]."""
-    row = gl.convert_layout(bias, gl.SliceLayout(0, _LOGITS))[None, :]
-    return gl.broadcast(row, gl.zeros([_ROWS, _STEP], gl.float32, _LOGITS))[0]
+    """[STEP] in _LINE to [ROWS, STEP]."""
+    row = gl.convert_layout(bias, gl.SliceLayout(0, LOGITS))[None, :]
+    return gl.broadcast(row, gl.zeros([ROWS, STEP], gl.float32, LOGITS))[0]
 
 
 @gluon.jit
 def _counted(s, size0, size1):
     """The logits of two windows of these sizes. A window ends where its block ends: only its last slots count."""
-    if size0 + size1 < _STEP:
-        slot = gl.arange(0, _STEP, gl.SliceLayout(0, _LOGITS))
-        counts = gl.where(slot < _BLOCK, slot >= _BLOCK - size0, slot >= _STEP - size1)
+    if size0 + size1 < STEP:
+        slot = gl.arange(0, STEP, gl.SliceLayout(0, LOGITS))
+        counts = gl.where(slot < BLOCK, slot >= BLOCK - size0, slot >= STEP - size1)
         s = gl.where(counts[None, :], s, float("-inf"))
     return s
 
@@ -159,7 +124,7 @@ def _step(
 @gluon.jit
 def _token_rows(query_order, first, end, stride, D: gl.constexpr, LAYOUT: gl.constexpr):
     """(offsets of the rows of tokens query_order[first + i], whether first + i < end)."""
-    slots = first + gl.arange(0, _ROWS, gl.SliceLayout(1, LAYOUT))
+    slots = first + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
     token = gl.load(query_order + slots, mask=slots < end, other=0).to(gl.int64)
     columns = gl.arange(0, D, gl.SliceLayout(0, LAYOUT))
     return token[:, None] * stride + columns[None, :], (slots < end)[:, None]
@@ -180,31 +145,31 @@ def _compute(
     operand: gl.constexpr = gl.DotOperandLayout(0, outputs, 2)
 
     q = queries.index(GROUP)
-    where, inside = _token_rows(query_order, first + GROUP * _ROWS, end, query_stride, D, rows)
+    where, inside = _token_rows(query_order, first + GROUP * ROWS, end, query_stride, D, rows)
     q.store(gl.load(query + where, mask=inside, other=0.0))
     fence_async_shared()
 
-    unscale = _LOG2_E / scale
-    acc = gl.zeros([_ROWS, D], gl.float32, outputs)
-    top = gl.full([_ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, _LOGITS))
-    total = gl.zeros([_ROWS], gl.float32, gl.SliceLayout(1, _LOGITS))
+    unscale = LOG2_E / scale
+    acc = gl.zeros([ROWS, D], gl.float32, outputs)
+    top = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, LOGITS))
+    total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, LOGITS))
     start = _of_every_row(_centroid_bias(bias, 0, Ck, unscale))
-    b = _centroid_bias(bias, _STEP, Ck, unscale)
+    b = _centroid_bias(bias, STEP, Ck, unscale)
     mbarrier.wait(k_ready.index(0), 0)
     s = warpgroup_mma(q, keys.index(0).permute((1, 0)), start)
     mbarrier.arrive(k_free.index(0), count=1)
     top, total, weights, _shrink = _softmax(s, scale, top, total)
     p = gl.convert_layout(weights.to(keys.dtype), operand)
-    centroid_steps = (Ck + _STEP - 1) // _STEP
+    centroid_steps = (Ck + STEP - 1) // STEP
     for step in range(1, centroid_steps):
         start = _of_every_row(b)
-        b = _centroid_bias(bias, (step + 1) * _STEP, Ck, unscale)
+        b = _centroid_bias(bias, (step + 1) * STEP, Ck, unscale)
         p, top, total, acc = _step(
             q, key_ring, value_ring, step, start, 0, 0, True, scale, p, top, total, acc
         )
 
     centroid_top, centroid_total = top, total
-    zeros = gl.zeros([_ROWS, _STEP], gl.float32, _LOGITS)
+    zeros = gl.zeros([ROWS, STEP], gl.float32, LOGITS)
     # Indices are read two steps and sizes one step before they are used: nothing waits for them.
     block0, block1 = _pair(kept, 0, count)
     size0, size1 = _sizes(key_offsets, block0, block1)
@@ -231,12 +196,12 @@ def _compute(
             skipped = gl.where(nothing, 0.0, centroid_total * gl.exp2(centroid_top - top) * share)
             mbarrier.wait(v_ready.index((step + 1) % STAGES), (step + 1) // STAGES & 1)
             tile = values.index((step + 1) % STAGES)
-            if D < _STEP:
+            if D < STEP:
                 tile = tile.slice(0, D)
-            linear = warpgroup_mma(q, tile, gl.zeros([_ROWS, D], gl.float32, outputs), use_acc=False)
+            linear = warpgroup_mma(q, tile, gl.zeros([ROWS, D], gl.float32, outputs), use_acc=False)
             acc += linear * gl.convert_layout(skipped, gl.SliceLayout(1, outputs))[:, None]
     q.store(acc.to(keys.dtype))
-    where, inside = _token_rows(query_order, first + GROUP * _ROWS, end, out_stride, D, rows)
+    where, inside = _token_rows(query_order, first + GROUP * ROWS, end, out_stride, D, rows)
     gl.store(out + where, q.load(rows), mask=inside)
 
 
@@ -266,21 +231,10 @@ def attention_kernel(
     lists = (kept, key_offsets, count, bias + (row64 * Cq + block) * Ck, Ck)
 
     dtype: gl.constexpr = query.dtype.element_ty
-    queries = gl.allocate_shared_memory(dtype, [2, _ROWS, HEAD_DIM], _TILE)
-    keys = gl.allocate_shared_memory(dtype, [STAGES, _STEP, HEAD_DIM], _TILE)
-    values = gl.allocate_shared_memory(dtype, [STAGES, _STEP, HEAD_DIM], _TILE)
-    k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(k_ready.index(i), count=1)
-        mbarrier.init(k_free.index(i), count=2)
-        mbarrier.init(v_ready.index(i), count=1)
-        mbarrier.init(v_free.index(i), count=2)
+    queries = gl.allocate_shared_memory(dtype, [2, ROWS, HEAD_DIM], TILE)
+    key_ring, value_ring = new_ring(dtype, STAGES, HEAD_DIM), new_ring(dtype, STAGES, HEAD_DIM)
     fence_async_shared()
-    key_ring, value_ring = (keys, k_ready, k_free), (values, v_ready, v_free)
-    scale *= _LOG2_E
+    scale *= LOG2_E
     sources = (key, value, key_centroids, value_centroids)
     place = -1
     if TERMS:

@@ -31,9 +31,10 @@ import torch
 import triton
 from torch import Tensor
 
+from ..attention.choice import why_not_hopper
 from ..plan import KEY_BLOCK
 from ..triton_configs import Config, probe_config_for
-from ..triton_tiles import capability, descriptor
+from ..triton_tiles import capability, descriptor, version
 from .torch import centroid_mass
 from .triton_kernel import probe_kernel, spread_kernel
 
@@ -66,10 +67,11 @@ def probe(
     variable: bool = True,
     config: Config | None = None,
 ) -> RowScores:
-    """Scores of all blocks, as kernels/probe/torch.py's function of this name."""
+    """Scores of all blocks, as kernels/probe/torch.py's function of this name. Without a config this is the GPU's
+    best kernel, which may be the one in hopper.py."""
     if routing == "mass":
-        found = centroid_mass(query_centroids, key_centroids, key_offsets, scale)
-        return RowScores(*found, torch.zeros_like(found.mass[:, :, None, :, 0]))
+        scores_of = centroid_mass(query_centroids, key_centroids, key_offsets, scale)
+        return RowScores(*scores_of, torch.zeros_like(scores_of.mass[:, :, None, :, 0]))
     if routing not in ("output_error", "svg_ear"):
         raise ValueError(f"unknown routing {routing!r}")
     if scale <= 0:
@@ -77,6 +79,13 @@ def probe(
     B, H, L, D = key.shape
     Cq, Ck = query_centroids.shape[2], key_centroids.shape[2]
     output_error = routing == "output_error"
+    queries, keys, values = (x.to(key.dtype) for x in (query_centroids, key_centroids, value_centroids))
+    found = capability(key.device), key.dtype, D, variable, version()
+    if output_error and config is None and not why_not_hopper(*found):
+        from . import hopper
+
+        error, gap, parts = hopper.probe(queries, key, value, key_offsets, keys, scale)
+        return RowScores(error[..., :Cq].mT, None, gap[..., :Cq].mT, parts)
     c = config or probe_config_for(capability(key.device), D, key.dtype)
     options = meta(c, D, key.dtype, variable, output_error)
     runs, lines = triton.cdiv(Ck, options["BLOCKS"]), triton.cdiv(Cq, 32) * 32
@@ -86,7 +95,6 @@ def probe(
 
     error, gap, mass = scores(), scores(), None if output_error else scores()
     parts = key.new_empty((B, H, runs, Cq), dtype=torch.float32)
-    queries, keys, values = (x.to(key.dtype) for x in (query_centroids, key_centroids, value_centroids))
     second = value
     if not output_error:
         second = key.new_empty((B, H, L, 2), dtype=torch.float32)

@@ -4,13 +4,13 @@ Without the caching allocator (PYTORCH_NO_CUDA_MEMORY_CACHING=1) each tensor has
 that a read past its end is seen. The outputs are compared with the joint softmax of the plans: a watched
 run that computes nothing would pass.
 
-    --plain     without triton_hopper.py: Triton's own dialect alone, whose races are all reported, and those
+    --plain     without the Gluon kernels: Triton's own dialect alone, whose races are all reported, and those
                 of no dense kernel of cuDNN's, where racecheck finds some
     --control   no kernel of ours, but one that only starts its groups of warps by gl.warp_specialize
 
 racecheck does not understand how Triton hands arguments over to groups of warps (gl.warp_specialize: through
 shared memory, ordered by barriers that each group reaches at an instruction of its own). It reports hazards
-between the first line of such a kernel and the line of the call, in the control as in triton_hopper.py.
+between the first line of such a kernel and the line of the call, in the control as in ours.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from triton.experimental.gluon import language as gl
 from svg_ear_compile.kernels import context, ops, reference  # noqa: F401 - ops registers
 from svg_ear_compile.kernels.attention import triton as triton_attention
 from svg_ear_compile.kernels.plan import SparsePlan
+from svg_ear_compile.kernels.probe import triton as triton_probe
 
 TEXT, GRID = 19, (3, 7, 11)
 CASES: tuple[tuple[str, str, int, torch.dtype], ...] = (
@@ -108,8 +109,11 @@ def main() -> None:
     if args.control:
         control()
     elif args.plain:
-        plain = mock.patch.object(triton_attention, "why_not_hopper", return_value="a test")
-        with plain, sdpa_kernel(SDPBackend.MATH):
+        of_attention, of_probe = (
+            mock.patch.object(module, "why_not_hopper", return_value="a test")
+            for module in (triton_attention, triton_probe)
+        )
+        with of_attention, of_probe, sdpa_kernel(SDPBackend.MATH):
             every_kernel()
     else:
         every_kernel()

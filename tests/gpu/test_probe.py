@@ -1,4 +1,7 @@
-"""The Triton gather and probe on a GPU against the plain PyTorch ones, in float32 and in low precision."""
+"""The Triton gather and probe on a GPU against the plain PyTorch ones, in float32 and in low precision.
+
+Tests that take `kernels` run with the Triton probe and, where it would be chosen, with the one for Hopper.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from svg_ear_compile.kernels.attention.choice import attention_kernel
 from svg_ear_compile.kernels.blocks import permute_torch as permute
 from svg_ear_compile.kernels.probe import torch as probe
 
@@ -18,10 +22,32 @@ from plans import random_plan
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
-def inputs(length: int, head_dim: int, dtype: torch.dtype):
-    """query, key, value [2,3,L,D], strided as a model's [B,L,H,D]."""
+@pytest.fixture(params=["triton", "hopper"])
+def kernels(request, monkeypatch):
+    module = pytest.importorskip("svg_ear_compile.kernels.probe.triton")
+    if request.param == "triton":
+        monkeypatch.setattr(module, "why_not_hopper", lambda *found: "a test")
+        yield module
+        return
+    case = {"head_dim": 128, "dtype": torch.bfloat16, "equal": True} | request.node.callspec.params
+    if case.get("routing", "output_error") != "output_error":
+        pytest.skip("the faster kernel computes output_error alone")
+    choice = attention_kernel(torch.device("cuda"), case["dtype"], case["head_dim"], not case["equal"])
+    if choice.name != "Gluon for Hopper":
+        pytest.skip(choice.reason)
+    from svg_ear_compile.kernels.probe import hopper
+
+    used = []
+    function = hopper.probe
+    monkeypatch.setattr(hopper, "probe", lambda *arguments: used.append(1) or function(*arguments))
+    yield module
+    assert used
+
+
+def inputs(length: int, head_dim: int, dtype: torch.dtype, batch: int = 2, heads: int = 3):
+    """query, key, value [B,H,L,D], strided as a model's [B,L,H,D]."""
     random = torch.Generator().manual_seed(0)
-    x = torch.randn(3, 2, length, 3, head_dim, generator=random)
+    x = torch.randn(3, batch, length, heads, head_dim, generator=random)
     return tuple(y.to("cuda", dtype).transpose(1, 2) for y in x)
 
 
@@ -71,49 +97,61 @@ def rounded_error(centroids, key, value, offsets, scale, dtype):
     return error - 2 * lse.logsumexp(-1, keepdim=True)
 
 
+def check(triton_probe, query, plan, routing: str, equal: bool) -> None:
+    """Against the PyTorch probe on the CPU; errors within twice what rounding the weights does to them."""
+    from svg_ear_compile.kernels.routing import triton as triton_route
+
+    dtype, head_dim = query.dtype, query.shape[-1]
+    scale, variable = head_dim**-0.5, not equal
+    # Rounded as the kernel rounds them, so that both see the same centroids.
+    tensors = [
+        permute.gathered_means(query, plan.query_order, plan.query_offsets).to(dtype).float(), plan.key,
+        plan.value, plan.key_offsets, plan.key_centroids.float(), plan.value_centroids.float(),
+    ]  # fmt: skip
+    on_cpu = [x.cpu() for x in tensors]
+    expected = probe.probe(*on_cpu, scale, routing, variable)
+    rows = triton_probe.probe(*tensors, scale, routing, variable)
+    actual = rows._replace(error=rows.error - triton_route.shift_of(rows, routing)[..., None])
+    if routing == "svg_ear":
+        torch.testing.assert_close(actual.mass.cpu(), expected.mass, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(actual.gap.cpu(), expected.gap, atol=1e-3, rtol=1e-3)
+    # A block of one token, or one that all queries weigh alike, has no error but rounding.
+    some = expected.error > -20
+    budget = 1e-3
+    if routing == "output_error" and dtype != torch.float32:
+        low = rounded_error(*on_cpu[:4], scale, dtype)
+        budget += 2 * (low[some] - expected.error[some]).abs().max().item()
+    assert (actual.error.cpu()[some] - expected.error[some]).abs().max() <= budget
+    again = triton_probe.probe(*tensors, scale, routing, variable)
+    pairs = zip(rows, again, strict=True)
+    assert all(a is b is None or torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
 @pytest.mark.parametrize("equal", [True, False], ids=["tiles", "clusters"])
 @pytest.mark.parametrize("routing", ["output_error", "svg_ear"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-def test_scores(dtype, routing, equal):
-    """Against the PyTorch probe on the CPU; errors within twice what rounding the weights does to them."""
-    triton_probe = pytest.importorskip("svg_ear_compile.kernels.probe.triton")
-    from svg_ear_compile.kernels.routing import triton as triton_route
-
-    for head_dim in (64, 96, 128):
-        query, _, _, plan = plan_of(equal, head_dim, dtype)
-        scale, variable = head_dim**-0.5, not equal
-        # Rounded as the kernel rounds them, so that both see the same centroids.
-        tensors = [
-            permute.gathered_means(query, plan.query_order, plan.query_offsets).to(dtype).float(), plan.key,
-            plan.value, plan.key_offsets, plan.key_centroids.float(), plan.value_centroids.float(),
-        ]  # fmt: skip
-        on_cpu = [x.cpu() for x in tensors]
-        expected = probe.probe(*on_cpu, scale, routing, variable)
-        rows = triton_probe.probe(*tensors, scale, routing, variable)
-        actual = rows._replace(error=rows.error - triton_route.shift_of(rows, routing)[..., None])
-        if routing == "svg_ear":
-            torch.testing.assert_close(actual.mass.cpu(), expected.mass, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(actual.gap.cpu(), expected.gap, atol=1e-3, rtol=1e-3)
-        # A block of one token, or one that all queries weigh alike, has no error but rounding.
-        some = expected.error > -20
-        budget = 1e-3
-        if routing == "output_error" and dtype != torch.float32:
-            low = rounded_error(*on_cpu[:4], scale, dtype)
-            budget += 2 * (low[some] - expected.error[some]).abs().max().item()
-        assert (actual.error.cpu()[some] - expected.error[some]).abs().max() <= budget
-        again = triton_probe.probe(*tensors, scale, routing, variable)
-        pairs = zip(rows, again, strict=True)
-        assert all(a is b is None or torch.equal(a, b) for a, b in pairs)
+def test_scores(kernels, dtype, routing, equal, head_dim):
+    query, _, _, plan = plan_of(equal, head_dim, dtype)
+    check(kernels, query, plan, routing, equal)
 
 
-def test_nan_blocks_are_nan_and_stay_in_their_head():
-    triton_probe = pytest.importorskip("svg_ear_compile.kernels.probe.triton")
-    query, _, _, plan = plan_of(True, 128, torch.bfloat16)
+@pytest.mark.parametrize("length", [9000, 17000])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_more_blocks_than_a_program_takes(kernels, head_dim, length):
+    """71 and 133 query blocks: of both groups of warps, and of one alone; 141 and 266 key blocks: runs of them."""
+    query, key, value = inputs(length, head_dim, torch.bfloat16, batch=1, heads=2)
+    check(kernels, query, random_plan(query, key, value), "output_error", True)
+
+
+@pytest.mark.parametrize("head_dim", [128])
+def test_nan_blocks_are_nan_and_stay_in_their_head(kernels, head_dim):
+    query, _, _, plan = plan_of(True, head_dim, torch.bfloat16)
     centroids = permute.gathered_means(query, plan.query_order, plan.query_offsets)
     for name in ("key", "value"):
         poisoned = plan._replace(**{name: getattr(plan, name).clone()})
         getattr(poisoned, name)[1, 2, 70, 3] = math.nan
-        scores = triton_probe.probe(
+        scores = kernels.probe(
             centroids, poisoned.key, poisoned.value, plan.key_offsets, plan.key_centroids.float(),
             plan.value_centroids.float(), 0.1, "output_error", False,
         )  # fmt: skip

@@ -32,7 +32,7 @@ LAUNCH = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
 OTHERS = {"density": "*fp64", "state": "*i64", "ties": "*i64", "areas": "*i64", "kept": "*i1"}
 OTHERS |= {"valid": "*i1", "labels": "*i16", "codes": "*i16"}
 NUMBERS = ("H", "L", "N", "C", "Cq", "Ck", "tiles", "runs", "video_queries", "video_keys")
-NUMBERS += ("block", "segments", "n", "group", "columns")
+NUMBERS += ("block", "segments", "n", "group", "columns", "run")
 
 
 def compiled(

@@ -186,25 +186,57 @@ def test_kmeans(tmp_path, capability):
 HOPPER = [(head_dim, dtype, terms) for head_dim in (64, 128) for dtype in HALVES for terms in (False, True)]
 
 
+def check_hopper(tmp_path, kernel, dtype, options, stack):
+    if why_not := why_not_hopper((9, 0), dtype, options["HEAD_DIM"], False, triton.__version__):
+        pytest.skip(why_not)
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from svg_ear_compile.kernels.hopper_tiles import BOX
+
+    kernel = compiled(kernel, (9, 0), dtype, options, source=GluonASTSource, box=BOX)
+    check(kernel, tmp_path, (9, 0), dtype, stack=stack)
+    assert "wgmma.mma_async" in kernel.asm["ptx"]
+    assert "cp.async.bulk.tensor" in kernel.asm["ptx"]
+    registers = [int(n) for n in re.findall(r"setmaxnreg.inc.sync.aligned.u32\s+(\d+)", kernel.asm["ptx"])]
+    assert max(registers) >= 240
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("head_dim", "dtype", "terms"), HOPPER if EVERYTHING else [HOPPER[i] for i in (1, 2, 4, 5)], ids=named
 )
 def test_hopper(tmp_path, head_dim, dtype, terms):
-    if why_not := why_not_hopper((9, 0), dtype, head_dim, False, triton.__version__):
-        pytest.skip(why_not)
-    from triton.experimental.gluon._runtime import GluonASTSource
+    hopper = pytest.importorskip("svg_ear_compile.kernels.attention.hopper")
+    # A few registers wait in memory, outside of the loops.
+    check_hopper(tmp_path, hopper.attention_kernel, dtype, hopper.meta(head_dim, terms), stack=48)
 
-    from svg_ear_compile.kernels.attention import hopper as triton_hopper
 
-    options = triton_hopper.meta(head_dim, terms)
-    box = triton_hopper.BOX
-    kernel = compiled(triton_hopper.attention_kernel, (9, 0), dtype, options, source=GluonASTSource, box=box)
-    check(kernel, tmp_path, (9, 0), dtype, stack=48)  # a few registers, outside of the loops
-    assert "wgmma.mma_async" in kernel.asm["ptx"]
-    assert "cp.async.bulk.tensor" in kernel.asm["ptx"]
-    registers = [int(n) for n in re.findall(r"setmaxnreg.inc.sync.aligned.u32\s+(\d+)", kernel.asm["ptx"])]
-    assert max(registers) >= 240
+@pytest.mark.slow
+@pytest.mark.parametrize(("head_dim", "dtype"), [(64, torch.float16), (128, torch.bfloat16)], ids=named)
+def test_probe_for_hopper(tmp_path, head_dim, dtype):
+    hopper = pytest.importorskip("svg_ear_compile.kernels.probe.hopper")
+    check_hopper(tmp_path, hopper.probe_kernel, dtype, hopper.meta(head_dim), stack=0)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "programs"), [(1182, 200), (512, 24), (278, 96), (116, 32), (1857, 192), (64, 1), (1, 1)]
+)
+def test_runs_of_key_blocks_fill_the_multiprocessors(blocks, programs):
+    """Never longer than a program can take, never slower than the longest runs."""
+    hopper = pytest.importorskip("svg_ear_compile.kernels.probe.hopper")
+    run = hopper.run_length(blocks, programs, 132)
+    assert run % 2 == 0
+    assert 0 < run <= hopper.MOST_BLOCKS
+
+    def steps(run):
+        return triton.cdiv(programs * triton.cdiv(blocks, run), 132) * run
+
+    assert steps(run) <= 1.06 * steps(hopper.MOST_BLOCKS)
+    if (blocks, programs) == (
+        512,
+        24,
+    ):  # 24 x 8 programs of 64 would be two waves, 24 x 11 of 48 are two as well
+        assert steps(run) == 0.75 * steps(64)
 
 
 @pytest.mark.slow
