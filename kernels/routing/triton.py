@@ -121,6 +121,6 @@ def lists_meta(choose: bool, compensate: bool, with_gap: bool) -> dict[str, Any]
     """lists_kernel's."""
     return {
         "CHOOSE": choose, "COMPENSATE": compensate, "WITH_GAP": with_gap, "ROWS": 8,
-        "COLUMNS": 128, "QUERY_TILE": QUERY_BLOCK, "KEY_TILE": KEY_BLOCK, "BITS": _BITS,
+        "COLUMNS": 64, "QUERY_TILE": QUERY_BLOCK, "KEY_TILE": KEY_BLOCK, "BITS": _BITS,
         "PASSES": _PASSES, "STATE": _STATE, "num_warps": 4,
     }  # fmt: skip

@@ -42,6 +42,13 @@ def _sizes(offsets, count, blocks):
 
 
 @triton.jit
+def _tile(x, start, i, j, Cq, Ck, stride_k):
+    """x of query blocks i, which begin at `start`, and key blocks j; 0 after the last blocks."""
+    inside = (i < Cq)[:, None] & (j < Ck)[None, :]
+    return tl.load(x + start + j.to(tl.int64)[None, :] * stride_k, mask=inside, other=0)
+
+
+@triton.jit
 def _found(state, at: tl.constexpr, DIGITS: tl.constexpr, PASSES: tl.constexpr):
     """(the first `at` digits of the code, area of the blocks above all codes that begin so)."""
     budget = tl.load(state + PASSES * DIGITS)
@@ -90,34 +97,41 @@ def search_kernel(
     code_so_far, _larger = _found(state, PASS, DIGITS, PASSES)
     if PASS == 0:
         off = _shift(parts + row * runs * Cq, runs, Cq, i, True)
-    tied = tl.zeros([ROWS], tl.int32)
+    all_rows = (tl.min(rows, 0) == QUERY_TILE) & (tl.max(rows, 0) == QUERY_TILE)
+    tied = tl.zeros([ROWS, COLUMNS], tl.int32)
     counts = tl.zeros([ROWS, COLUMNS], tl.uint64)
     first = tl.program_id(1) * STRIPS * COLUMNS
+    # A tile is loaded while the one before it is worked on.
+    source = error if PASS == 0 else codes
+    following = _tile(source, start, i, first + tl.arange(0, COLUMNS), Cq, Ck, stride_k)
     for at in range(first, tl.minimum(first + STRIPS * COLUMNS, Ck), COLUMNS):
         j = at + tl.arange(0, COLUMNS)
+        now, following = following, _tile(source, start, i, j + COLUMNS, Cq, Ck, stride_k)
         columns = tl.where(j < video_keys, _sizes(key_offsets + row * (Ck + 1), Ck, j), 0)
-        inside = (i < Cq)[:, None] & (j < Ck)[None, :]
-        place = start + j.to(tl.int64)[None, :] * stride_k
         if PASS == 0:
-            e = tl.load(error + place, mask=inside, other=0.0) - off[:, None]
+            e = now - off[:, None]
             code = tl.minimum(tl.maximum((e - LEAST_ERROR) * STEPS, 0.0), MOST_CODE).to(tl.int32)
             code = tl.where(e == e, code, _UNKNOWN)
+            place = start + j.to(tl.int64)[None, :] * stride_k
+            inside = (i < Cq)[:, None] & (j < Ck)[None, :]
             tl.store(codes + place, (code - 32768).to(tl.int16), mask=inside)
         else:
-            code = tl.load(codes + place, mask=inside, other=0).to(tl.int32) + 32768
+            code = now.to(tl.int32) + 32768
         there = (code != _UNKNOWN) & ((code >> (BITS * (PASSES - PASS))) == code_so_far)
         if PASS == PASSES:
-            tied += tl.sum(tl.where(there, columns[None, :], 0), 1)
+            tied += tl.where(there, columns[None, :], 0)
         else:
-            full = (rows == QUERY_TILE)[:, None] & (columns == KEY_TILE)[None, :]
-            others = there & ~full & (rows > 0)[:, None] & (columns > 0)[None, :]
-            area = rows.to(tl.int64)[:, None] * columns[None, :]
             digit = (code >> (BITS * (PASSES - 1 - PASS))) & (DIGITS - 1)
             one = tl.full([ROWS, COLUMNS], 1, tl.uint64) << (BITS * digit).to(tl.uint64)
-            counts += tl.where(there & full, one, 0)
-            tl.atomic_add(state + PASS * DIGITS + digit, area, mask=others, sem="relaxed")
+            if not (all_rows & (tl.min(columns, 0) == KEY_TILE) & (tl.max(columns, 0) == KEY_TILE)):
+                full = (rows == QUERY_TILE)[:, None] & (columns == KEY_TILE)[None, :]
+                others = there & ~full & (rows > 0)[:, None] & (columns > 0)[None, :]
+                area = rows.to(tl.int64)[:, None] * columns[None, :]
+                tl.atomic_add(state + PASS * DIGITS + digit, area, mask=others, sem="relaxed")
+                there = there & full
+            counts += tl.where(there, one, 0)
     if PASS == PASSES:
-        spent = tied.to(tl.int64) * rows
+        spent = tl.sum(tied, 1).to(tl.int64) * rows
         tl.atomic_add(ties + row * Cq + i, spent, mask=(i < Cq) & (spent > 0), sem="relaxed")
     else:
         d = tl.arange(0, DIGITS)
@@ -146,8 +160,8 @@ def lists_kernel(
     start = batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h + i.to(tl.int64)[:, None] * stride_q
     out = (row * Cq + i.to(tl.int64))[:, None] * Ck
     listed = tl.zeros([ROWS], tl.int32)
-    exact = tl.zeros([ROWS], tl.int64)
-    executed = tl.zeros([ROWS], tl.int64)
+    exact = tl.zeros([ROWS, COLUMNS], tl.int32)
+    executed = tl.zeros([ROWS, COLUMNS], tl.int32)
     if CHOOSE:
         state += batch.to(tl.int64) * STATE
         code_found, larger = _found(state, PASSES, 2**BITS, PASSES)
@@ -155,25 +169,36 @@ def lists_kernel(
         # Blocks of the code that was found, in the rows before this one.
         own = tl.load(ties + row * Cq + i, mask=i < Cq, other=0)
         before = tl.cumsum(own, 0) - own
-        if tl.sum(own, 0) > 0:
+        some_tie = tl.sum(own, 0) > 0
+        if some_tie:
             ties += batch.to(tl.int64) * H * Cq
             first = head * Cq + tl.program_id(0) * ROWS
             for at in range(0, first, 1024):
                 earlier = at + tl.arange(0, 1024)
                 before += tl.sum(tl.load(ties + earlier, mask=earlier < first, other=0), 0)
+    # A tile is loaded while the one before it is worked on.
+    key_offsets += row * (Ck + 1)
+    j = tl.arange(0, COLUMNS)
+    next_columns = _sizes(key_offsets, Ck, j)
+    if CHOOSE:
+        next_code = _tile(codes, start, i, j, Cq, Ck, stride_k)
+    if COMPENSATE and WITH_GAP:
+        next_gap = _tile(gap, start, i, j, Cq, Ck, stride_k)
     for at in range(0, Ck, COLUMNS):
         j = at + tl.arange(0, COLUMNS)
-        columns = _sizes(key_offsets + row * (Ck + 1), Ck, j)
+        columns, next_columns = next_columns, _sizes(key_offsets, Ck, j + COLUMNS)
         inside = (i < Cq)[:, None] & (j < Ck)[None, :]
-        place = start + j.to(tl.int64)[None, :] * stride_k
         video = (i < video_queries)[:, None] & (j < video_keys)[None, :]
         if CHOOSE:
-            code = tl.load(codes + place, mask=inside, other=0).to(tl.int32) + 32768
-            tie = video & (code == code_found)
-            keys = tl.where(tie, columns[None, :], 0)
-            through = before[:, None] + tl.cumsum(keys, 1).to(tl.int64) * rows[:, None]
-            before += tl.sum(keys, 1).to(tl.int64) * rows
-            chosen = (code > code_found) | (tie & (through <= left))
+            code = next_code.to(tl.int32) + 32768
+            next_code = _tile(codes, start, i, j + COLUMNS, Cq, Ck, stride_k)
+            chosen = code > code_found
+            if some_tie:
+                tie = video & (code == code_found)
+                keys = tl.where(tie, columns[None, :], 0)
+                through = before[:, None] + tl.cumsum(keys, 1).to(tl.int64) * rows[:, None]
+                before += tl.sum(keys, 1).to(tl.int64) * rows
+                chosen = chosen | (tie & (through <= left))
             keep = (columns > 0)[None, :] & ((chosen & (rows > 0)[:, None]) | ~video)
         else:
             keep = tl.load(kept + out + j[None, :], mask=inside, other=0) != 0
@@ -182,7 +207,8 @@ def lists_kernel(
         if COMPENSATE:
             b = tl.zeros([ROWS, COLUMNS], tl.float32) + tl.log(columns.to(tl.float32))[None, :]
             if WITH_GAP:
-                b += tl.load(gap + place, mask=inside, other=0.0)
+                b += next_gap
+                next_gap = _tile(gap, start, i, j + COLUMNS, Cq, Ck, stride_k)
             b = tl.where(keep, float("-inf"), b)
         tl.store(bias + out + j[None, :], b, mask=inside)
         ones = keep.to(tl.int32)
@@ -192,10 +218,10 @@ def lists_kernel(
         tl.store(blocks + out + slot, tl.zeros([ROWS, COLUMNS], tl.int32) + j[None, :], mask=inside)
         listed += tl.sum(ones, 1)
         counted = keep & video
-        exact += tl.sum(tl.where(counted, columns[None, :], 0), 1).to(tl.int64)
+        exact += tl.where(counted, columns[None, :], 0)
         padded = (columns + (KEY_TILE - 1)) // KEY_TILE * KEY_TILE
-        executed += tl.sum(tl.where(counted, padded[None, :], 0), 1).to(tl.int64)
+        executed += tl.where(counted, padded[None, :], 0)
     tl.store(count + row * Cq + i, listed, mask=i < Cq)
-    tl.atomic_add(areas, tl.sum(exact * rows, 0), sem="relaxed")
+    tl.atomic_add(areas, tl.sum(tl.sum(exact, 1).to(tl.int64) * rows, 0), sem="relaxed")
     padded_rows = (rows + (QUERY_TILE - 1)) // QUERY_TILE * QUERY_TILE
-    tl.atomic_add(areas + 1, tl.sum(executed * padded_rows, 0), sem="relaxed")
+    tl.atomic_add(areas + 1, tl.sum(tl.sum(executed, 1).to(tl.int64) * padded_rows, 0), sem="relaxed")
