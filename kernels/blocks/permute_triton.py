@@ -97,14 +97,16 @@ def _launch(
     gather_kernel[(H, C + 1, B)](
         *(inputs if pair else (*inputs, None)), order.contiguous(), offsets.contiguous(),
         *(out if pair else none), *(means if pair else (*means, None)), H, L, C,
-        *inputs[0].stride()[:3], *inputs[-1].stride()[:3], **meta(D, pair),
+        *inputs[0].stride()[:3], *inputs[-1].stride()[:3], **meta(D, pair, inputs[0].element_size()),
     )  # fmt: skip
     return means
 
 
-def meta(head_dim: int, pair: bool) -> dict[str, Any]:
-    """The kernel's compile-time constants and launch options."""
+def meta(head_dim: int, pair: bool, item_size: int = 2) -> dict[str, Any]:
+    """The kernel's compile-time constants and launch options. item_size: bytes of a number."""
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    # A thread has 256 bytes of each tensor in flight: more warps, with less each, reach less of the memory's bandwidth.
     return {
-        "HEAD_DIM": head_dim, "BLOCK_D": max(16, triton.next_power_of_2(head_dim)), "ROWS": 64,
-        "PAIR": pair, "num_warps": 2, "num_stages": 1, "enable_fp_fusion": True,
+        "HEAD_DIM": head_dim, "BLOCK_D": block_d, "ROWS": 64, "PAIR": pair,
+        "num_warps": max(1, block_d * item_size // 128), "num_stages": 1, "enable_fp_fusion": True,
     }  # fmt: skip

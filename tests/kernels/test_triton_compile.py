@@ -9,6 +9,7 @@ them. SVG_EAR_TEST_ALL_CONFIGS=1 compiles all (about half an hour).
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 
@@ -111,10 +112,14 @@ def test_probe(tmp_path, capability, routing, variable):
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", SMALL_KERNELS_ON, ids=named)
 def test_gather(tmp_path, capability):
-    for pair in (True, False):
-        options, absent = triton_permute.meta(128, pair), () if pair else ("y", "x_out", "y_out", "y_means")
-        kernel = compiled(triton_permute.gather_kernel, capability, torch.bfloat16, options, None, absent)
-        check(kernel, tmp_path, capability, torch.bfloat16)
+    for pair, (head_dim, dtype) in itertools.product(
+        (True, False),
+        ((64, torch.bfloat16), (128, torch.bfloat16), (256, torch.bfloat16), (128, torch.float32)),
+    ):
+        options = triton_permute.meta(head_dim, pair, dtype.itemsize)
+        absent = () if pair else ("y", "x_out", "y_out", "y_means")
+        kernel = compiled(triton_permute.gather_kernel, capability, dtype, options, None, absent)
+        check(kernel, tmp_path, capability, torch.bfloat16)  # float32 must not spill either
 
 
 @pytest.mark.slow
