@@ -4,7 +4,8 @@
 
 For each stage its work and the bytes that it has to move through memory once, counted here from the shape, and its
 time as measured. "limit": the longer of work over PEAK_FLOPS and bytes over PEAK_BYTES. Prints the table as markdown;
-the picture has a point for each stage and density.
+the picture has a point for each stage and density. Only calls in cubes without first-order terms count; of a file that compares two
+versions the later one.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from video_shapes import SHAPES
 QUERY_BLOCK, KEY_BLOCK = 128, 64
 PEAK_FLOPS = 989e12
 """bfloat16 matrix products of an H100 or H200, by its data sheet."""
-PEAK_BYTES = 4.3e12
-"""A second that an H200 reads from its memory, measured (attention.py)."""
+PEAK_BYTES = {"H200": 4.3e12, "H100": 3.35e12}
+"""A second from memory: of an H200 as measured (attention.py), of an H100 by its data sheet."""
 HEADERS = ("density", "stage", "GFLOP", "GB", "ms", "limit ms", "limit / ms", "TFLOP/s", "GB/s")
 
 
@@ -45,11 +46,11 @@ def stages(record: dict[str, Any]) -> list[tuple[str, float, float, float]]:
     return [(name, *work, record[f"{name} ms"] / 1e3) for name, work in found.items()]
 
 
-def table(records: list[dict[str, Any]]) -> list[list[Any]]:
+def table(records: list[dict[str, Any]], peak_bytes: float) -> list[list[Any]]:
     rows = []
     for record in records:
         every = stages(record)
-        limits = [max(flops / PEAK_FLOPS, moved / PEAK_BYTES) for _, flops, moved, _ in every]
+        limits = [max(flops / PEAK_FLOPS, moved / peak_bytes) for _, flops, moved, _ in every]
         for (name, flops, moved, seconds), limit in zip(every, limits, strict=True):
             rows.append([
                 record["density"], name, flops / 1e9, moved / 1e9, 1e3 * seconds, 1e3 * limit, limit / seconds,
@@ -61,10 +62,10 @@ def table(records: list[dict[str, Any]]) -> list[list[Any]]:
     return rows
 
 
-def picture(records: list[dict[str, Any]], path: Path) -> None:
+def picture(records: list[dict[str, Any]], peak_bytes: float, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.5), constrained_layout=True)
-    intensities = [1, PEAK_FLOPS / PEAK_BYTES, 1e4]
-    axes.plot(intensities, [min(x * PEAK_BYTES, PEAK_FLOPS) / 1e12 for x in intensities], "k-", label="roof")
+    intensities = [1, PEAK_FLOPS / peak_bytes, 1e4]
+    axes.plot(intensities, [min(x * peak_bytes, PEAK_FLOPS) / 1e12 for x in intensities], "k-", label="roof")
     for name in ("probe", "attend"):
         of_stage = [work for record in records for stage, *work in stages(record) if stage == name]
         points = [(flops / moved, flops / seconds / 1e12) for flops, moved, seconds in of_stage]
@@ -84,9 +85,12 @@ def main() -> None:
     parser.add_argument("picture", type=Path)
     parser.add_argument("--shape", default="Wan 14B 720p")
     args = parser.parse_args()
-    records = [r for r in json.loads(args.records.read_text())["records"] if r["shape"] == args.shape]
-    print(tabulate(table(records), HEADERS, tablefmt="github", floatfmt=".3g"))
-    picture(records, args.picture)
+    measured = json.loads(args.records.read_text())
+    measured = measured.get("after", measured)
+    peak_bytes = next(peak for name, peak in PEAK_BYTES.items() if name in measured["run"]["device"])
+    records = [r for r in measured["records"] if r["shape"] == args.shape and r.get("preset", "cubes") == "cubes"]
+    print(tabulate(table(records, peak_bytes), HEADERS, tablefmt="github", floatfmt=".3g"))
+    picture(records, peak_bytes, args.picture)
 
 
 if __name__ == "__main__":

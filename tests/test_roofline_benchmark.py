@@ -20,9 +20,9 @@ def test_stages_of_a_call(tmp_path: Path) -> None:
     exact, centroids = 0.15 * tokens, 1182
     assert found["attend"][0] == pytest.approx(4 * tokens * (exact + centroids) * head)
     assert all(seconds == 0.03 for *_, seconds in found.values())
-    rows = roofline.table([record])
+    rows = roofline.table([record], roofline.PEAK_BYTES["H100"])
     assert [row[1] for row in rows] == ["permute", "probe", "rest", "attend", "the call"]
     assert rows[-1][5] == pytest.approx(sum(row[5] for row in rows[:-1]))
     assert all(0 < row[6] < 1 for row in rows), "nothing is faster than its limit"
-    roofline.picture([record], tmp_path / "roofline.png")
+    roofline.picture([record], roofline.PEAK_BYTES["H100"], tmp_path / "roofline.png")
     assert (tmp_path / "roofline.png").stat().st_size > 1000
