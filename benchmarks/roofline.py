@@ -4,8 +4,8 @@
 
 For each stage its work and the bytes that it has to move through memory once, counted here from the shape, and its
 time as measured. "limit": the longer of work over PEAK_FLOPS and bytes over PEAK_BYTES. Prints the table as markdown;
-the picture has a point for each stage and density. Only calls in cubes without first-order terms count; of a file that compares two
-versions the later one.
+the picture has a point for each stage and density. Only calls in cubes without first-order terms count; of a file that
+compares two versions the later one.
 """
 
 from __future__ import annotations
