@@ -88,7 +88,9 @@ def main() -> None:
     measured = json.loads(args.records.read_text())
     measured = measured.get("after", measured)
     peak_bytes = next(peak for name, peak in PEAK_BYTES.items() if name in measured["run"]["device"])
-    records = [r for r in measured["records"] if r["shape"] == args.shape and r.get("preset", "cubes") == "cubes"]
+    records = [
+        r for r in measured["records"] if r["shape"] == args.shape and r.get("preset", "cubes") == "cubes"
+    ]
     print(tabulate(table(records, peak_bytes), HEADERS, tablefmt="github", floatfmt=".3g"))
     picture(records, peak_bytes, args.picture)
 
