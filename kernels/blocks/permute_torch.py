@@ -23,31 +23,33 @@ def gather(x: Tensor, order: Tensor, offsets: Tensor | None) -> Tensor:
     return out.masked_fill_((slots >= offsets[..., -1:])[..., None], 0)
 
 
-def block_means(x: Tensor, offsets: Tensor) -> Tensor:
+def block_means(x: Tensor, offsets: Tensor, most: int | None = None) -> Tensor:
     """Mean of each block of x [B,H,L,D] (in block order): [B,H,C,D] float32, 0 for an empty block.
 
     offsets [B,H,C+1] int32. Each block is summed by itself, in order and in float32: the same bits every
-    time, and a NaN stays in its block. The sizes are never read on the host, unless they are there.
+    time, on any device, and a NaN stays in its block. The sizes are never read on the host. most: the blocks hold all L
+    tokens, none more than so many.
     """
-    B, H, _, D = x.shape
-    if x.device.type == "cpu":
-        least, most = (int(size) for size in offsets.diff().aminmax())
-        if least == most > 0:  # a view: a quarter of the time
-            blocks = offsets.shape[-1] - 1
-            return x[:, :, : blocks * most].float().unflatten(2, (blocks, most)).mean(3)
+    B, H, L, D = x.shape
+    if (
+        most is not None and (offsets.shape[-1] - 1) * most == L
+    ):  # so all hold as many: a view takes a third of the time
+        return x.float().unflatten(2, (-1, most)).mean(3)
     rows, starts = x.float().flatten(0, 1), offsets.flatten(0, 1)
     means = torch.segment_reduce(rows, "mean", offsets=starts, axis=1, initial=0, unsafe=True)
     return means.view(B, H, -1, D)
 
 
 def gather_with_means(
-    key: Tensor, value: Tensor, order: Tensor, offsets: Tensor, masked: bool
+    key: Tensor, value: Tensor, order: Tensor, offsets: Tensor, masked: bool, most: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(key, value) in block order, then their block means. masked: are there slots after the last block?"""
-    gathered = [gather(x, order, offsets if masked else None) for x in (key, value)]
-    return gathered[0], gathered[1], block_means(gathered[0], offsets), block_means(gathered[1], offsets)
+    """(key, value) in block order, then their block means. masked: are there slots after the last block? most: tokens
+    of a block, None: any number."""
+    k, v = (gather(x, order, offsets if masked else None) for x in (key, value))
+    most = None if masked else most
+    return k, v, block_means(k, offsets, most), block_means(v, offsets, most)
 
 
-def gathered_means(x: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
-    """The block means of gather(x, order, offsets) alone."""
-    return block_means(gather(x, order, None), offsets)
+def gathered_means(x: Tensor, order: Tensor, offsets: Tensor, *, most: int | None = None) -> Tensor:
+    """The block means of gather(x, order, offsets) alone, where blocks hold all tokens."""
+    return block_means(gather(x, order, None), offsets, most)

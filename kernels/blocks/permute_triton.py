@@ -68,16 +68,19 @@ def gather_kernel(
 
 
 def gather_with_means(
-    key: Tensor, value: Tensor, order: Tensor, offsets: Tensor, masked: bool = True
+    key: Tensor, value: Tensor, order: Tensor, offsets: Tensor, masked: bool = True, most: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(key, value) in block order [B,H,L,D] contiguous, then their block means; masked makes no difference here."""
+    """(key, value) in block order [B,H,L,D] contiguous, then their block means; masked and most make no difference."""
     out = key.new_empty(key.shape), value.new_empty(value.shape)
     of_keys, of_values = _launch((key, value), order, offsets, out)
     return (*out, of_keys, of_values)
 
 
-def gathered_means(x: Tensor, order: Tensor, offsets: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The block means alone: x is read, and nothing of its size is written. dtype: x's unless given."""
+def gathered_means(
+    x: Tensor, order: Tensor, offsets: Tensor, dtype: torch.dtype | None = None, *, most: int | None = None
+) -> Tensor:
+    """The block means alone: x is read, and nothing of its size is written. dtype: x's unless given. most: of no
+    importance here."""
     return _launch((x,), order, offsets, (), dtype)[0]
 
 

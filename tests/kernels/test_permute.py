@@ -62,6 +62,22 @@ def test_block_means(length: int, equal: bool, dtype: torch.dtype) -> None:
     assert torch.equal(got, permute.block_means(x, offsets))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_means_of_blocks_that_must_be_full(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    x = torch.randn(2, 3, 640, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    full = (64 * torch.arange(11, dtype=torch.int32)).expand(2, 3, -1)
+    want = permute.block_means(x, full)
+    uneven = full.clone()
+    uneven[..., 1] = 1
+    some = permute.block_means(x, uneven, most=None)  # as many tokens and blocks, but of any size
+    fewer = (64 * torch.arange(10, dtype=torch.int32)).expand(2, 3, -1)
+    cut = permute.block_means(x[:, :, :570], fewer.clamp(max=570), most=64)
+    monkeypatch.delattr(torch, "segment_reduce")
+    torch.testing.assert_close(permute.block_means(x, full, most=64), want, rtol=1e-5, atol=1e-6)
+    assert (some[..., 0, :] == x[..., 0, :].float()).all()
+    torch.testing.assert_close(cut[..., :8, :], want[..., :8, :])
+
+
 def test_block_means_of_one_large_block_and_of_none() -> None:
     x = torch.full((1, 1, 5000, 2), 0.1)
     means = permute.block_means(x, torch.tensor([[[0, 0, 5000, 5000]]], dtype=torch.int32))
