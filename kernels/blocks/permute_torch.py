@@ -31,9 +31,7 @@ def block_means(x: Tensor, offsets: Tensor, most: int | None = None) -> Tensor:
     tokens, none more than so many.
     """
     B, H, L, D = x.shape
-    if (
-        most is not None and (offsets.shape[-1] - 1) * most == L
-    ):  # so all hold as many: a view takes a third of the time
+    if most is not None and (offsets.shape[-1] - 1) * most == L:  # all are full: a view takes a third as long
         return x.float().unflatten(2, (-1, most)).mean(3)
     rows, starts = x.float().flatten(0, 1), offsets.flatten(0, 1)
     means = torch.segment_reduce(rows, "mean", offsets=starts, axis=1, initial=0, unsafe=True)
