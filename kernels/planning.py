@@ -66,11 +66,11 @@ def arrange(
         call.memo.carried[c.site] = (query_state, key_state)
 
     permute = kernels_for(query).permute
-    most = (None, None) if c.variable else (QUERY_BLOCK, KEY_BLOCK)
+    most_queries, most_keys = (None, None) if c.variable else (QUERY_BLOCK, KEY_BLOCK)
     key_p, value_p, key_centroids, value_centroids = permute.gather_with_means(
-        key, value, keys.order, keys.offsets, valid is not None, most[1]
+        key, value, keys.order, keys.offsets, valid is not None, most_keys
     )
-    query_centroids = permute.gathered_means(query, queries.order, queries.offsets, most=most[0])
+    query_centroids = permute.gathered_means(query, queries.order, queries.offsets, most=most_queries)
     return Arranged(queries, keys, key_p, value_p, query_centroids, key_centroids, value_centroids)
 
 

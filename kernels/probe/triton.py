@@ -70,8 +70,8 @@ def probe(
     """Scores of all blocks, as kernels/probe/torch.py's function of this name. Without a config this is the GPU's
     best kernel, which may be the one in hopper.py."""
     if routing == "mass":
-        scores_of = centroid_mass(query_centroids, key_centroids, key_offsets, scale)
-        return RowScores(*scores_of, torch.zeros_like(scores_of.mass[:, :, None, :, 0]))
+        found = centroid_mass(query_centroids, key_centroids, key_offsets, scale)
+        return RowScores(*found, torch.zeros_like(found.mass[:, :, None, :, 0]))
     if routing not in ("output_error", "svg_ear"):
         raise ValueError(f"unknown routing {routing!r}")
     if scale <= 0:
@@ -80,8 +80,8 @@ def probe(
     Cq, Ck = query_centroids.shape[2], key_centroids.shape[2]
     output_error = routing == "output_error"
     queries, keys, values = (x.to(key.dtype) for x in (query_centroids, key_centroids, value_centroids))
-    found = capability(key.device), key.dtype, D, variable, version()
-    if output_error and config is None and not why_not_hopper(*found):
+    why_not = why_not_hopper(capability(key.device), key.dtype, D, variable, version())
+    if output_error and config is None and not why_not:
         from . import hopper
 
         error, gap, parts = hopper.probe(queries, key, value, key_offsets, keys, scale)
