@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from svg_ear_compile.kernels import context, ops, reference  # noqa: F401 - ops registers torch.ops.svg_ear
-from svg_ear_compile.kernels.attention.choice import attention_kernel
 from svg_ear_compile.kernels.plan import SparsePlan
 
 sys.path.append(str(Path(__file__).parents[1] / "kernels"))
+from gpu.both_kernels import both_kernels
 from plans import random_plan
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -28,23 +28,7 @@ SLACK = {torch.float16: 1e-3, torch.bfloat16: 4e-3, torch.float32: 2e-5}
 
 @pytest.fixture(params=["triton", "hopper"])
 def kernels(request, monkeypatch):
-    module = pytest.importorskip("svg_ear_compile.kernels.attention.triton")
-    if request.param == "triton":
-        monkeypatch.setattr(module, "why_not_hopper", lambda *found: "a test")
-        yield module
-        return
-    case = {"head_dim": 128, "dtype": torch.bfloat16, "equal": True} | request.node.callspec.params
-    device = torch.device("cuda")
-    choice = attention_kernel(device, case["dtype"], case["head_dim"], not case["equal"])
-    if choice.name != "Gluon for Hopper":
-        pytest.skip(choice.reason)
-    from svg_ear_compile.kernels.attention import hopper as hopper
-
-    used = []
-    attend = hopper.attend
-    monkeypatch.setattr(hopper, "attend", lambda *arguments: used.append(1) or attend(*arguments))
-    yield module
-    assert used
+    yield from both_kernels(request, monkeypatch, "attention", "attend")
 
 
 def inputs(

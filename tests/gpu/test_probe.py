@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from svg_ear_compile.kernels.attention.choice import attention_kernel
 from svg_ear_compile.kernels.blocks import permute_torch as permute
 from svg_ear_compile.kernels.probe import torch as probe
 
 sys.path.append(str(Path(__file__).parents[1] / "kernels"))
+from gpu.both_kernels import both_kernels
 from plans import random_plan
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -24,24 +24,10 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 @pytest.fixture(params=["triton", "hopper"])
 def kernels(request, monkeypatch):
-    module = pytest.importorskip("svg_ear_compile.kernels.probe.triton")
-    if request.param == "triton":
-        monkeypatch.setattr(module, "why_not_hopper", lambda *found: "a test")
-        yield module
-        return
-    case = {"head_dim": 128, "dtype": torch.bfloat16, "equal": True} | request.node.callspec.params
-    if case.get("routing", "output_error") != "output_error":
+    routing = request.node.callspec.params.get("routing", "output_error")
+    if request.param == "hopper" and routing != "output_error":
         pytest.skip("the faster kernel computes output_error alone")
-    choice = attention_kernel(torch.device("cuda"), case["dtype"], case["head_dim"], not case["equal"])
-    if choice.name != "Gluon for Hopper":
-        pytest.skip(choice.reason)
-    from svg_ear_compile.kernels.probe import hopper
-
-    used = []
-    function = hopper.probe
-    monkeypatch.setattr(hopper, "probe", lambda *arguments: used.append(1) or function(*arguments))
-    yield module
-    assert used
+    yield from both_kernels(request, monkeypatch, "probe", "probe")
 
 
 def inputs(length: int, head_dim: int, dtype: torch.dtype, batch: int = 2, heads: int = 3):
